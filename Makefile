@@ -1,0 +1,64 @@
+# GNU make, POSIX sh. `make` alone lists the targets.
+
+PYTHON ?= python3
+ARGS ?=
+HOST ?= http://127.0.0.1:8000
+USERS ?= 8
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c .ci/constraints.txt
+PINS := pyproject.toml .ci/constraints.txt
+
+.PHONY: help serve test lint types loadtest clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+serve: .venv/.base-stamp ## serve a model on http://127.0.0.1:8000/v1; ARGS="--port 8001 --model ..."
+	$(BIN)/pipeserve serve $(ARGS)
+
+test: .venv/.dev-stamp ## run the tests; ARGS="tests/engine -x" runs a part
+	$(BIN)/pipeserve pull demo
+	$(BIN)/pipeserve pull gemma3-270m
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.dev-stamp ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/.dev-stamp ## mypy
+	$(BIN)/mypy
+
+loadtest: .venv/.loadtest-stamp ## 30 s of Locust users against a running server; HOST=... USERS=8
+	$(BIN)/locust -f loadtest/locustfile.py --headless --run-time 30s --stop-timeout 30s \
+		--users $(USERS) --spawn-rate $(USERS) --host $(HOST) $(ARGS)
+
+clean: ## delete the virtual environment and the tools' caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "$(PYTHON) is not there; install Python 3.11 or later, or run make PYTHON=..." >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is `$(PYTHON) --version`; pipeserve needs 3.11 or later:" \
+			"run make PYTHON=python3.11" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# A stamp is newer than the pins when its packages are installed as pinned.
+.venv/.base-stamp: $(PINS) | .venv/bin/python
+	@echo "installing pipeserve and its pinned dependencies into .venv (minutes at first)"
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev-stamp: $(PINS) | .venv/bin/python
+	@echo "installing pipeserve and its development tools into .venv (minutes at first)"
+	$(PIP) -e '.[dev]'
+	@touch .venv/.base-stamp $@
+
+# Apart from the others, since Locust brings gevent along.
+.venv/.loadtest-stamp: $(PINS) | .venv/bin/python
+	$(PIP) -e '.[loadtest]'
+	@touch .venv/.base-stamp $@

@@ -1,0 +1,172 @@
+"""Config: every option of the daemon, written once. Immutable after load.
+
+Precedence: command line, then environment (PIPESERVE_...), then the TOML file, then the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from pipeserve.errors import ConfigError
+
+ENV_PREFIX = "PIPESERVE_"
+
+NOT_OPTIONS = frozenset({"PIPESERVE_REQUIRE_CUDA"})
+"""Environment variables with the prefix that mean something else: this one is for the tests."""
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/pipeserve, or ~/.cache/pipeserve."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pipeserve"
+
+
+class Config(BaseSettings):
+    """Options of the daemon. The docstring under each field is its comment in
+    config.example.toml, its help text on the command line and its line in the README."""
+
+    # ruff: noqa: E501 - a docstring under a field is one sentence on one line
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        env_prefix=ENV_PREFIX,
+    )
+
+    model: str = "demo"
+    """What to serve: a path to a GGUF file (of a sharded one the first), demo, gemma3-270m, or hf:owner/repo/file.gguf."""
+    served_model_name: str | None = None
+    """The name that clients use; left out, it is taken from the model."""
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    """Where downloaded models are kept."""
+    devices: Annotated[tuple[str, ...], NoDecode] = ("auto",)
+    """One device per pipeline stage, in order, such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; auto takes every GPU, or two CPU stages where there is none."""
+    layer_split: Annotated[tuple[int, ...] | None, NoDecode] = None
+    """Layers per stage, in order; left out, the slowest stage is made as fast as possible."""
+    threads_per_stage: Annotated[int, Field(ge=1)] = 1
+    """Compute threads of a CPU stage."""
+    context_length: Annotated[int, Field(ge=16)] | None = None
+    """Most tokens in one sequence, prompt and output together; left out, what the model was trained for."""
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens per block of the KV cache."""
+    kv_cache_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
+    """KV cache of each stage, such as "4GiB"; left out, 1 GiB on a CPU stage."""
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Most sequences that run at once."""
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 256
+    """Most tokens in one micro-batch; longer prompts are computed in chunks."""
+    num_look_ahead: Annotated[int, Field(ge=0, le=1)] = 1
+    """Decode steps that are queued before the previous step's tokens are known."""
+    max_queued_requests: Annotated[int, Field(ge=0)] = 256
+    """Sequences that may wait for a place before further requests get status 429."""
+    max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(8 * 1024**2)
+    """Largest request body."""
+    text_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long parsing, templating and tokenising one request may take."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one and logs it."""
+    stage_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """A stage that makes no progress for this long is taken for stuck, and the daemon ends."""
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
+    """How long running requests may take to finish after SIGTERM."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log lines to write."""
+    log_format: Literal["auto", "console", "json"] = "auto"
+    """Shape of log lines; auto writes console lines to a terminal and JSON otherwise."""
+
+    @field_validator("devices", "layer_split", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        """On the command line and in the environment a list is written a,b,c."""
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("devices")
+    @classmethod
+    def _check_devices(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
+        if not devices:
+            raise ValueError("name at least one device, or auto")
+        for device in devices:
+            kind, _, index = device.partition(":")
+            is_device = (kind == "cuda" and index.isdecimal()) or device == "cpu"
+            if not is_device and devices != ("auto",):
+                raise ValueError(f"{device!r} is none of cpu, cuda:N and (alone) auto")
+        return devices
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_num_seqs "
+                f"{self.max_num_seqs}: a micro-batch must hold a token of every running sequence; "
+                "raise the one or lower the other"
+            )
+        stages = len(self.devices)
+        if self.layer_split is not None and self.devices != ("auto",):
+            if len(self.layer_split) != stages:
+                raise ValueError(
+                    f"layer_split has {len(self.layer_split)} parts but devices has {stages}; "
+                    "give one number of layers per device"
+                )
+        return self
+
+
+def load_config(
+    *,
+    overrides: Mapping[str, Any],
+    config_file: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Config:
+    """Put the sources together: overrides over environment over file over defaults.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key or a value out of range; the text
+            names key, value and mend.
+    """
+    file_values = _read_toml(config_file) if config_file else {}
+    _check_names(file_values, f"in {config_file}")
+    variables = [name for name in environ if name.startswith(ENV_PREFIX)]
+    env_keys = {n.removeprefix(ENV_PREFIX).lower(): n for n in variables if n not in NOT_OPTIONS}
+    _check_names(env_keys, "in the environment (after PIPESERVE_)")
+    env_values = {key: environ[name] for key, name in env_keys.items()}
+    try:
+        return Config(**{**file_values, **env_values, **overrides})
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _check_names(keys: Mapping[str, object], where: str) -> None:
+    for key in keys:
+        if key not in Config.model_fields:
+            nearest = difflib.get_close_matches(key, Config.model_fields, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown option {key!r} {where}; the nearest known is {nearest[0]}")
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        message = problem["msg"].removeprefix("Value error, ")
+        place = ".".join(str(part) for part in problem["loc"])
+        lines.append(f"{place} = {problem['input']!r}: {message}" if place else message)
+    return "; ".join(lines)

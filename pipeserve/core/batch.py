@@ -1,0 +1,124 @@
+"""What crosses between engine and pipeline: MicroBatch down, StepOutput or StageFailure up.
+
+Shapes: S sequences (rows) in the micro-batch, T tokens, K alternatives per token.
+Values only: numpy arrays and plain numbers, so that a message can cross a process boundary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeserve.core.sampling import SamplingParams
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineFacts:
+    """What the engine must know of a pipeline before it schedules."""
+
+    num_stages: int
+    num_rows: int
+    """Row slots: the most sequences that can be running at once."""
+    num_blocks: int
+    """KV blocks, the minimum over the stages; ids run from 0 to num_blocks - 1."""
+    block_size: int
+    """Tokens per KV block."""
+    context_length: int
+    """Most tokens that one sequence may hold, prompt and output together."""
+    max_batch_tokens: int
+    """Most tokens in one micro-batch."""
+    num_look_ahead: int
+    """Steps that a cohort may run before the result of its previous step is known (0 or 1)."""
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowStart:
+    """A sequence takes a row: what the stages keep about it until the row's next RowStart."""
+
+    row: int
+    sampling: SamplingParams
+    token_ids: IntArray
+    """The prompt and, after a preemption, what had been generated: all that will be prefilled."""
+    num_prompt_tokens: int
+    """How many of token_ids the client sent; the rest counts as output for the penalties."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatch:
+    """One step's work for every stage: which rows, which tokens, and what changed.
+
+    Decode rows come first and take one token each, whose id the stages already hold (it was
+    sampled there); prefill rows follow and bring their ids along. Stages run micro-batches in
+    the order of step_id, so a KV block or a row may be given to a new owner at once: the old
+    owner's last writes come before the new owner's first.
+    """
+
+    step_id: int
+    """Consecutive from 0."""
+    num_decode_rows: int
+    rows_S: IntArray
+    first_positions_S: IntArray
+    """Position of each row's first token in this step: the tokens computed before it."""
+    num_tokens_S: IntArray
+    """Tokens that each row computes in this step; 1 for decode rows."""
+    samples_S: BoolArray
+    """Whether a token is sampled after the row's last token: not for a prompt's inner chunks."""
+    prefill_token_ids: IntArray
+    """Ids of the prefill rows, one row after another."""
+    starts: tuple[RowStart, ...]
+    """Rows that begin a sequence in this step; applied before anything is computed."""
+    block_rows: IntArray
+    """New block-table entries: in row block_rows[i], entry block_columns[i] is block_ids[i]."""
+    block_columns: IntArray
+    block_ids: IntArray
+    needs_step: int | None
+    """The newest earlier step that sampled a token which a decode row of this one reads."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows_S)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.num_tokens_S.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepLogprobs:
+    """Log-probabilities of the unmodified logits, one line per sampled row of the step.
+
+    K is the largest num_logprobs among the rows; a row that asked for fewer reads a prefix.
+    """
+
+    token_S: FloatArray
+    """Of the token that was sampled."""
+    top_ids_SK: IntArray
+    top_SK: FloatArray
+    """Of the K likeliest tokens, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepOutput:
+    """What came out of one step: a token for every row with samples_S, in the same order."""
+
+    step_id: int
+    token_ids: IntArray
+    logprobs: StepLogprobs | None
+    """None where no row asked for them."""
+    stage_busy_s: tuple[float, ...]
+    """Seconds that each stage worked on this step, waiting not counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFailure:
+    """A stage thread raised and is gone; the pipeline will produce nothing more."""
+
+    stage: int
+    error: str

@@ -1,0 +1,87 @@
+"""SamplingParams: how one sequence picks its tokens, validated once, shared by every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeserve.errors import InvalidParameterError
+
+MAX_LOGPROBS = 20
+"""Most alternatives per token that a request may ask for (OpenAI's limit)."""
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one sequence picks its tokens and when it ends.
+
+    The order of application is: logit_bias, penalties, min_tokens, temperature, top_k, top_p,
+    min_p. Log-probabilities are those of the unmodified logits.
+
+    Raises:
+        InvalidParameterError: a value is out of its range; `param` names the field.
+    """
+
+    max_tokens: int
+    """Most tokens to generate, at least 1."""
+    seed: int
+    """Root of the sequence's random numbers: (seed, position) decides each draw."""
+    min_tokens: int = 0
+    """No stop token is sampled before this many tokens were generated."""
+    temperature: float = 1.0
+    """0 picks the most likely token."""
+    top_k: int | None = None
+    """Only the k most likely tokens; None keeps all."""
+    top_p: float = 1.0
+    """Only the smallest set of tokens whose probability reaches top_p."""
+    min_p: float = 0.0
+    """Only tokens at least min_p times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or output."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once per occurrence in the output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, bias) pairs, added to the logits."""
+    num_logprobs: int | None = None
+    """None: no log-probabilities. k: the sampled token's and those of the k likeliest."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the sequence: the model's end-of-sequence tokens and the request's own."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("seed", 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
+            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or left out"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            (
+                "num_logprobs",
+                self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
+                f"between 0 and {MAX_LOGPROBS}",
+            ),
+        )
+        for field, holds, mend in checks:
+            if not holds:
+                raise InvalidParameterError(
+                    f"{field} is {getattr(self, field)}; it must be {mend}", param=field
+                )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )

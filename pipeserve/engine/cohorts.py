@@ -1,0 +1,77 @@
+"""Cohorts: decoding sequences in as many groups as there are stages, one micro-batch of each in
+flight, so that every stage has a group to work on. Owned by the engine thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeserve.engine.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Cohort:
+    """Sequences that decode in the same micro-batch."""
+
+    index: int
+    sequences: list[Sequence] = field(default_factory=list)
+    last_step: int = -1
+    """The newest step that was scheduled for this cohort."""
+
+
+class Cohorts:
+    """Keeps the cohorts equal in size and takes turns among them.
+
+    `num_look_ahead` is how many tokens of a sequence may be on their way when its next step is
+    scheduled.
+    """
+
+    def __init__(self, *, count: int, num_look_ahead: int) -> None:
+        self._cohorts = [Cohort(index) for index in range(count)]
+        self._num_look_ahead = num_look_ahead
+
+    def join(self, sequence: Sequence) -> None:
+        """A sequence begins to decode: the smallest cohort takes it."""
+        self._put(sequence, min(self._cohorts, key=lambda cohort: len(cohort.sequences)))
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence ended or lost its row; the cohorts are evened out again."""
+        if sequence.cohort is None:
+            return
+        self._cohorts[sequence.cohort].sequences.remove(sequence)
+        sequence.cohort = None
+        largest = max(self._cohorts, key=lambda cohort: len(cohort.sequences))
+        smallest = min(self._cohorts, key=lambda cohort: len(cohort.sequences))
+        if len(largest.sequences) - len(smallest.sequences) >= 2:
+            self._put(largest.sequences.pop(), smallest)
+
+    @staticmethod
+    def _put(sequence: Sequence, cohort: Cohort) -> None:
+        sequence.cohort = cohort.index
+        cohort.sequences.append(sequence)
+
+    def take_turn(self, step_id: int) -> list[Sequence]:
+        """The sequences that decode in this step: those of the cohort that waited longest.
+
+        Empty if no cohort has a sequence that can take a step now.
+        """
+        num_lanes = sum(1 for cohort in self._cohorts if cohort.sequences)
+        for cohort in sorted(self._cohorts, key=lambda cohort: cohort.last_step):
+            ready = [s for s in cohort.sequences if self._can_step(s, step_id, num_lanes)]
+            if ready:
+                cohort.last_step = step_id
+                return ready
+        return []
+
+    def _can_step(self, sequence: Sequence, step_id: int, num_lanes: int) -> bool:
+        if not sequence.wants_token:
+            return False
+        if sequence.num_in_flight == 0:
+            return True
+        # The first stage waits for the token that is on its way. That costs nothing if the other
+        # cohorts' steps lie between; sooner, the stage would idle with their work behind it.
+        assert sequence.last_sample_step is not None
+        return (
+            sequence.num_in_flight <= self._num_look_ahead
+            and step_id - sequence.last_sample_step >= num_lanes
+        )

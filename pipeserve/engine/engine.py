@@ -1,0 +1,190 @@
+"""Engine: the loop that turns arrivals and step outputs into micro-batches and token events.
+
+Runs on its own thread and owns scheduler and sequences. One inbox takes everything that happens:
+messages from the front half, outputs and failures from the stages. Knows neither HTTP nor torch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from pipeserve.core.batch import MicroBatch, PipelineFacts, StageFailure, StepOutput
+from pipeserve.engine.messages import (
+    Abort,
+    EngineFailed,
+    EngineMessage,
+    Finish,
+    FrontMessage,
+    GetStats,
+    Shutdown,
+    StatsReply,
+    Submit,
+)
+from pipeserve.engine.scheduler import Scheduler
+from pipeserve.engine.sequence import Sequence, SequenceStatus
+from pipeserve.engine.stats import EngineStats
+
+InboxItem = FrontMessage | StepOutput | StageFailure
+Inbox = queue.SimpleQueue[InboxItem]
+
+
+class Pipeline(Protocol):
+    """What the engine needs of a pipeline. Outputs arrive in the engine's inbox."""
+
+    @property
+    def facts(self) -> PipelineFacts: ...
+
+    def submit(self, batch: MicroBatch) -> None:
+        """Queue a micro-batch at the first stage; returns at once."""
+
+    def describe_stall(self) -> str:
+        """Which stage is busy with which step, and for how long; for an error message."""
+
+
+class _EngineEnd(Exception):
+    """The loop is to end; `failure` is the last word to the front half, if any."""
+
+    def __init__(self, failure: EngineFailed | None) -> None:
+        super().__init__()
+        self.failure = failure
+
+
+class Engine:
+    """Schedules sequences on one pipeline until it is told to stop or the pipeline dies.
+
+    `post` takes a message to the front half and must be callable from the engine's thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        inbox: Inbox,
+        post: Callable[[EngineMessage], None],
+        stage_timeout_s: float,
+    ) -> None:
+        self._pipeline = pipeline
+        self._inbox = inbox
+        self._post = post
+        self._stage_timeout_s = stage_timeout_s
+        self._scheduler = Scheduler(pipeline.facts)
+        self._sequences: dict[int, Sequence] = {}
+        self._stage_busy_s = [0.0] * pipeline.facts.num_stages
+        self._started_s = time.monotonic()
+        self._last_progress_s = self._started_s
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread to end after a Shutdown; False if it has not in time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._handle(self._next_item())
+                self._handle_waiting()
+                self._submit()
+        except _EngineEnd as end:
+            if end.failure is not None:
+                self._post(end.failure)
+        except Exception as error:
+            self._post(EngineFailed(error=f"engine: {error!r}", stalled=False))
+            raise
+
+    def _next_item(self) -> InboxItem:
+        """Wait for the next thing to happen, but not past the moment a stage counts as stuck."""
+        if not self._scheduler.has_steps_in_flight:
+            return self._inbox.get()
+        patience_s = self._last_progress_s + self._stage_timeout_s - time.monotonic()
+        try:
+            return self._inbox.get(timeout=max(0.0, patience_s))
+        except queue.Empty:
+            raise _EngineEnd(
+                EngineFailed(
+                    error=f"no step came back for {self._stage_timeout_s:g} s "
+                    f"(stage_timeout_s): {self._pipeline.describe_stall()}",
+                    stalled=True,
+                )
+            ) from None
+
+    def _handle_waiting(self) -> None:
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._handle(item)
+
+    def _handle(self, item: InboxItem) -> None:
+        match item:
+            case StepOutput():
+                self._take_output(item)
+            case Submit():
+                self._add(item)
+            case Finish():
+                self._end(item.seq_id, SequenceStatus.FINISHED)
+            case Abort():
+                self._end(item.seq_id, SequenceStatus.ABORTED)
+            case GetStats():
+                self._post(StatsReply(reply_id=item.reply_id, stats=self._stats()))
+            case StageFailure():
+                error = f"stage {item.stage} failed: {item.error}"
+                raise _EngineEnd(EngineFailed(error=error, stalled=False))
+            case Shutdown():
+                raise _EngineEnd(None)
+
+    def _take_output(self, output: StepOutput) -> None:
+        self._last_progress_s = time.monotonic()
+        for stage, busy_s in enumerate(output.stage_busy_s):
+            self._stage_busy_s[stage] += busy_s
+        events = self._scheduler.update(output)
+        for seq_id, reason in zip(events.seq_ids, events.finish_reasons, strict=True):
+            if reason is not None:
+                del self._sequences[seq_id]
+        if events.seq_ids:
+            self._post(events)
+
+    def _add(self, message: Submit) -> None:
+        sequence = Sequence(
+            seq_id=message.seq_id,
+            prompt_token_ids=message.prompt_token_ids,
+            sampling=message.sampling,
+        )
+        self._sequences[message.seq_id] = sequence
+        self._scheduler.add(sequence)
+
+    def _end(self, seq_id: int, status: SequenceStatus) -> None:
+        sequence = self._sequences.pop(seq_id, None)
+        if sequence is not None:  # else its last token crossed this message
+            self._scheduler.end(sequence, status)
+
+    def _submit(self) -> None:
+        was_idle = not self._scheduler.has_steps_in_flight
+        while (batch := self._scheduler.schedule()) is not None:
+            if was_idle:  # patience starts with the first step after a rest
+                self._last_progress_s = time.monotonic()
+                was_idle = False
+            self._pipeline.submit(batch)
+
+    def _stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_free,
+            num_steps=scheduler.num_steps,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            stage_busy_s=tuple(self._stage_busy_s),
+            uptime_s=time.monotonic() - self._started_s,
+        )

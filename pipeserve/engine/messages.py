@@ -1,0 +1,102 @@
+"""What the front half (HTTP, text) and the engine half (scheduling, stages) say to each other.
+
+Plain immutable values, so that the two halves can live in one process or in two.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from pipeserve.core.sampling import SamplingParams
+from pipeserve.engine.stats import EngineStats
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """A stop token was sampled, or the front half found a stop string."""
+    LENGTH = "length"
+    """max_tokens or the context was reached."""
+    ABORT = "abort"
+    """The client went away."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Front to engine: generate for this prompt."""
+
+    seq_id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """Front to engine: the text is complete (a stop string was found); send no more tokens."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Front to engine: nobody waits for this sequence any more; free what it holds."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetStats:
+    """Front to engine: answer with a StatsReply."""
+
+    reply_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shutdown:
+    """Front to engine: abort everything and end the engine thread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities of one generated token and of the likeliest tokens in its place."""
+
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvents:
+    """Engine to front, once per step: one token for each of these sequences.
+
+    The four tuples run in parallel. A finish reason marks the sequence's last token. The token
+    that ends a sequence (a stop token) is included.
+    """
+
+    seq_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    finish_reasons: tuple[FinishReason | None, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsReply:
+    """Engine to front: the answer to GetStats."""
+
+    reply_id: int
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFailed:
+    """Engine to front, its last word: a stage died or stalled and every sequence is lost."""
+
+    error: str
+    stalled: bool
+    """True where a stage blocks and its thread may never return."""
+
+
+FrontMessage = Submit | Finish | Abort | GetStats | Shutdown
+EngineMessage = TokenEvents | StatsReply | EngineFailed

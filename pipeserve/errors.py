@@ -1,0 +1,115 @@
+"""Every error that pipeserve raises for something outside its own code.
+
+PipeserveError
+├── ConfigError                  an option is unknown, malformed or contradicts another
+├── HubError                     a model cannot be found, fetched or verified
+├── ModelError                   the model file cannot be served
+│   ├── GGUFFormatError          not a GGUF file, or a truncated or inconsistent one
+│   ├── MissingTensorError       the architecture needs a tensor that the file lacks
+│   ├── UnsupportedModelError    an architecture, quantisation or tokenizer that is not built in
+│   └── VocabularyMismatchError  tokenizer and embedding disagree about the vocabulary
+├── RequestError                 the client asked for something that cannot be done (HTTP 4xx)
+│   ├── InvalidParameterError    one field has a wrong value
+│   ├── PromptTooLongError       prompt and output do not fit the context
+│   ├── UnknownModelError        the request names a model that is not served
+│   ├── ChatTemplateError        the model's chat template refused the messages
+│   └── QueueFullError           too many requests wait (429); says when to come back
+└── EngineError                  serving itself failed (HTTP 5xx)
+    ├── NotReadyError            loading or draining (503)
+    ├── TextTimeoutError         parsing, templating or tokenising took too long (503)
+    ├── StageFailedError         a stage thread raised
+    └── StageStalledError        a stage thread made no progress for stage_timeout_s
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class PipeserveError(Exception):
+    """Root of the tree: its text is meant for the person who can mend the cause."""
+
+
+class ConfigError(PipeserveError):
+    """An option is unknown, malformed or contradicts another."""
+
+
+class HubError(PipeserveError):
+    """A model cannot be found, fetched or verified."""
+
+
+class ModelError(PipeserveError):
+    """The model file cannot be served. The text starts with the file's path."""
+
+    def __init__(self, path: Path | str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = Path(path)
+        self.problem = problem
+
+
+class GGUFFormatError(ModelError):
+    """Not a GGUF file, or a truncated or inconsistent one."""
+
+
+class MissingTensorError(ModelError):
+    """The architecture needs a tensor that the file lacks."""
+
+
+class UnsupportedModelError(ModelError):
+    """An architecture, quantisation or tokenizer that is not built in."""
+
+
+class VocabularyMismatchError(ModelError):
+    """Tokenizer and embedding disagree about the size of the vocabulary."""
+
+
+class RequestError(PipeserveError):
+    """The client asked for something that cannot be done; `param` names the field at fault."""
+
+    def __init__(self, problem: str, *, param: str | None = None) -> None:
+        super().__init__(problem)
+        self.param = param
+
+
+class InvalidParameterError(RequestError):
+    """One field has a wrong value."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt, or prompt and output together, do not fit the context."""
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that is not served here."""
+
+
+class ChatTemplateError(RequestError):
+    """The model's chat template refused the messages or is broken."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait; `retry_after_s` says when to come back."""
+
+    def __init__(self, problem: str, *, retry_after_s: int) -> None:
+        super().__init__(problem)
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(PipeserveError):
+    """Serving itself failed; the request was not at fault."""
+
+
+class NotReadyError(EngineError):
+    """The daemon is loading or draining and takes no requests."""
+
+
+class TextTimeoutError(EngineError):
+    """Parsing, templating and tokenising a request took longer than text_timeout_s."""
+
+
+class StageFailedError(EngineError):
+    """A stage thread raised; every request in the pipeline is lost."""
+
+
+class StageStalledError(EngineError):
+    """A stage thread made no progress for stage_timeout_s."""

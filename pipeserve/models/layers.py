@@ -1,0 +1,171 @@
+"""The decoder of the Llama family and its kin: attention, feed-forward, one stage's run of layers.
+
+Runs on one stage thread. What differs per step comes in as AttentionMetadata, never from a global;
+knows nothing of sequences, scheduling or files.
+
+Shapes: T tokens, S sequences, D model dim, M all heads of the fused projection, H head dim, B
+blocks, P position in block, K kv heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeserve.kernels import reference as kernels
+from pipeserve.models.config import ModelConfig
+from pipeserve.models.linear import Linear
+from pipeserve.models.rotary import rotary_angles, rotary_scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillMetadata:
+    """Rows that compute a chunk of several tokens, in the order of their tokens."""
+
+    block_table_SB: Tensor
+    first_positions_S: Tensor
+    num_tokens_S: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeMetadata:
+    """Rows that compute one token each."""
+
+    block_table_SB: Tensor
+    lengths_S: Tensor
+    """Cache positions that a row's token sees, itself included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """Where a step's tokens stand and what they see. Decode rows come before prefill rows."""
+
+    positions_T: Tensor
+    slots_T: Tensor
+    """Cache slot that each token's key and value are written to."""
+    num_decode_rows: int
+    decode: DecodeMetadata | None
+    prefill: PrefillMetadata | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCache:
+    """One layer's keys and values."""
+
+    k_BPKH: Tensor
+    v_BPKH: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    """Weights of one layer. Query, key and value rows are one matrix, and so are gate and up."""
+
+    attention_norm_D: Tensor
+    qkv: Linear
+    output: Linear
+    ffn_norm_D: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """Final norm and output projection: the last stage's."""
+
+    norm_D: Tensor
+    output: Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """One stage's share of a model: a run of layers, the embedding if first, the head if last."""
+
+    config: ModelConfig
+    embedding_VD: Tensor | None
+    layers: Sequence[DecoderLayer]
+    head: Head | None
+    rotary_frequencies: Tensor
+    """[R / 2], radians per position."""
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """[T] -> [T, D]."""
+        assert self.embedding_VD is not None, "only the first stage has the embedding"
+        return functional.embedding(token_ids_T, self.embedding_VD)
+
+    def forward(
+        self, x_TD: Tensor, caches: Sequence[LayerCache], metadata: AttentionMetadata
+    ) -> Tensor:
+        """Run the layers: [T, D] -> [T, D]; writes the tokens' keys and values to the caches."""
+        config, eps = self.config, self.config.rms_eps
+        angles = rotary_angles(
+            metadata.positions_T, self.rotary_frequencies, rotary_scale(config.rope_scaling)
+        )
+        residual_TD = x_TD
+        normed_TD = kernels.rms_norm(x_TD, self.layers[0].attention_norm_D, eps)
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            if index > 0:
+                normed_TD, residual_TD = kernels.add_rms_norm(
+                    x_TD, residual_TD, layer.attention_norm_D, eps
+                )
+            x_TD = _attention(layer, config, normed_TD, angles, cache, metadata)
+            normed_TD, residual_TD = kernels.add_rms_norm(x_TD, residual_TD, layer.ffn_norm_D, eps)
+            x_TD = layer.down(kernels.swiglu(layer.gate_up(normed_TD)))
+        return x_TD + residual_TD
+
+    def logits(self, x_SD: Tensor) -> Tensor:
+        """Final norm and head: [S, D] -> [S, V] float32."""
+        assert self.head is not None, "only the last stage has the head"
+        return self.head.output(
+            kernels.rms_norm(x_SD, self.head.norm_D, self.config.rms_eps)
+        ).float()
+
+
+def _attention(
+    layer: DecoderLayer,
+    config: ModelConfig,
+    x_TD: Tensor,
+    angles: tuple[Tensor, Tensor],
+    cache: LayerCache,
+    metadata: AttentionMetadata,
+) -> Tensor:
+    num_tokens = x_TD.shape[0]
+    qkv_TMH = layer.qkv(x_TD).view(num_tokens, -1, config.head_dim)
+    q_TNH = kernels.rotary_and_cache(qkv_TMH, *angles, cache.k_BPKH, cache.v_BPKH, metadata.slots_T)
+    out_TNH = paged_attention(q_TNH, cache, metadata, scale=config.head_dim**-0.5)
+    return layer.output(out_TNH.view(num_tokens, config.attention_size))
+
+
+def paged_attention(
+    q_TNH: Tensor, cache: LayerCache, metadata: AttentionMetadata, *, scale: float
+) -> Tensor:
+    """Attention of decode rows and prefill chunks, each by its own kernel -> [T, N, H]."""
+    decode, prefill, num_decode = metadata.decode, metadata.prefill, metadata.num_decode_rows
+    parts = []
+    if decode is not None:
+        parts.append(
+            kernels.paged_attention_decode(
+                q_TNH[:num_decode],
+                cache.k_BPKH,
+                cache.v_BPKH,
+                decode.block_table_SB,
+                decode.lengths_S,
+                scale,
+            )
+        )
+    if prefill is not None:
+        parts.append(
+            kernels.paged_attention_prefill(
+                q_TNH[num_decode:],
+                cache.k_BPKH,
+                cache.v_BPKH,
+                prefill.block_table_SB,
+                prefill.first_positions_S,
+                prefill.num_tokens_S,
+                scale,
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,115 @@
+"""Stage: one thread that owns one device's share of the model and works through its link in order.
+
+Knows its neighbours only as links, and the engine only as a function to post results to.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pipeserve.core.batch import MicroBatch, StageFailure, StepOutput
+from pipeserve.runtime.link import Handoff, Link
+from pipeserve.runtime.model_runner import Sampled
+from pipeserve.runtime.token_pool import TokenPool
+
+Post = Callable[[StepOutput | StageFailure], None]
+
+
+class Runner(Protocol):
+    """What computes a stage's steps."""
+
+    def run(self, batch: MicroBatch, hidden_TD: torch.Tensor | None) -> torch.Tensor | Sampled:
+        """The hidden states for the next stage, or on the last stage what was sampled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """The step that a stage is computing."""
+
+    step_id: int
+    since_s: float
+    """By time.monotonic."""
+
+
+class Stage:
+    """Takes micro-batches from `inlet`, passes them to `outlet`; the last stage posts instead."""
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        device: torch.device,
+        num_threads: int,
+        runner: Runner,
+        token_pool: TokenPool,
+        inlet: Link,
+        outlet: Link | None,
+        post: Post,
+        on_failure: Callable[[], None],
+    ) -> None:
+        self.index = index
+        self.device = device
+        self._num_threads = num_threads
+        self._runner = runner
+        self._token_pool = token_pool
+        self._inlet = inlet
+        self._outlet = outlet
+        self._post = post
+        self._on_failure = on_failure
+        self._activity: Activity | None = None
+        # A daemon thread: one that is blocked for ever must not keep the process alive.
+        self.thread = threading.Thread(target=self._main, name=f"stage-{index}", daemon=True)
+
+    @property
+    def activity(self) -> Activity | None:
+        """What the stage computes now, None while it waits. May be read from any thread."""
+        return self._activity
+
+    def _main(self) -> None:
+        # Despite its place in the module this sets OpenMP's and MKL's counts of the calling thread
+        # only: stages with different counts do not disturb each other once they have started.
+        torch.set_num_threads(self._num_threads)
+        try:
+            with torch.inference_mode():
+                self._work()
+        except Exception as error:
+            self._post(StageFailure(stage=self.index, error=f"{type(error).__name__}: {error}"))
+            self._on_failure()
+
+    def _work(self) -> None:
+        while (handoff := self._inlet.receive()) is not None:
+            if not self._await_tokens(handoff.batch):
+                return
+            started_s = time.monotonic()
+            self._activity = Activity(step_id=handoff.batch.step_id, since_s=started_s)
+            result = self._runner.run(handoff.batch, handoff.hidden_TD)
+            self._activity = None
+            self._pass_on(handoff, result, busy_s=time.monotonic() - started_s)
+
+    def _await_tokens(self, batch: MicroBatch) -> bool:
+        """On the first stage: wait for the ids that decode rows read. False if closed meanwhile."""
+        if self.index > 0 or batch.needs_step is None:
+            return True
+        return self._token_pool.wait_for(batch.needs_step)
+
+    def _pass_on(self, handoff: Handoff, result: torch.Tensor | Sampled, *, busy_s: float) -> None:
+        all_busy_s = (*handoff.busy_s, busy_s)
+        if isinstance(result, Sampled):
+            self._post(
+                StepOutput(
+                    step_id=handoff.batch.step_id,
+                    token_ids=result.token_ids,
+                    logprobs=result.logprobs,
+                    stage_busy_s=all_busy_s,
+                )
+            )
+            return
+        assert self._outlet is not None, "only the last stage samples"
+        self._outlet.send(Handoff(batch=handoff.batch, hidden_TD=result, busy_s=all_busy_s))

@@ -1,0 +1,127 @@
+"""What the daemon hands to the HTTP side, and whether requests may use it yet.
+
+Owned by the event loop. Knows neither HTTP nor how anything in here was built.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeserve.engine.client import EngineClient
+from pipeserve.errors import NotReadyError
+from pipeserve.text.chat_template import ChatTemplate
+from pipeserve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What clients may know of the model that is served."""
+
+    name: str
+    created: int
+    """Unix time in seconds."""
+    fingerprint: str
+    """Changes whenever the same request might give another answer: model file, version, options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """All that a request needs once the model is loaded."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    card: ModelCard
+    text_executor: Executor
+    """Runs parsing, templates and tokenising, which would hold up the event loop."""
+
+
+class Phase(enum.Enum):
+    """Where the daemon stands; the value is the reason that /health gives."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """Whether requests are taken, and a sentence for the person who asks why not."""
+
+    phase: Phase
+    detail: str
+
+
+class AppState:
+    """Starts as loading; the daemon moves it on. Counts the generation requests in progress."""
+
+    def __init__(self) -> None:
+        self._readiness = Readiness(phase=Phase.LOADING, detail="the model is being loaded")
+        self._services: Services | None = None
+        self._num_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def ready(self, services: Services) -> None:
+        """From now on requests are taken, unless the daemon was told to stop meanwhile."""
+        self._services = services
+        if self._readiness.phase is Phase.LOADING:
+            self._readiness = Readiness(phase=Phase.READY, detail=f"serving {services.card.name}")
+
+    def drain(self) -> None:
+        """From now on new requests are refused; those in progress go on."""
+        if self._readiness.phase is Phase.FAILED:
+            return
+        self._readiness = Readiness(
+            phase=Phase.DRAINING, detail="the daemon is stopping and takes no new requests"
+        )
+
+    def fail(self, detail: str) -> None:
+        """Serving ended for good; the detail says why."""
+        self._readiness = Readiness(phase=Phase.FAILED, detail=detail)
+
+    @property
+    def readiness(self) -> Readiness:
+        """An engine that died counts as failed whatever the daemon last said."""
+        if self._services is not None and self._services.engine.failure is not None:
+            return Readiness(phase=Phase.FAILED, detail=str(self._services.engine.failure))
+        return self._readiness
+
+    @property
+    def services(self) -> Services | None:
+        """None while the model loads."""
+        return self._services
+
+    @property
+    def num_requests(self) -> int:
+        """Generation requests in progress."""
+        return self._num_requests
+
+    @contextmanager
+    def admit(self) -> Iterator[Services]:
+        """Counts one generation request in while the context is open.
+
+        Raises:
+            NotReadyError: loading, draining or failed.
+        """
+        readiness = self.readiness
+        if readiness.phase is not Phase.READY or self._services is None:
+            raise NotReadyError(f"{readiness.phase.value}: {readiness.detail}")
+        self._num_requests += 1
+        self._idle.clear()
+        try:
+            yield self._services
+        finally:
+            self._num_requests -= 1
+            if self._num_requests == 0:
+                self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Returns when no generation request is in progress; for draining."""
+        await self._idle.wait()

@@ -1,0 +1,168 @@
+"""What the scheduler decides in situations that can be told in a sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from pipeserve.core.batch import MicroBatch
+from pipeserve.core.sampling import SamplingParams
+from pipeserve.engine.block_pool import BlockPool
+from pipeserve.engine.scheduler import Scheduler
+from pipeserve.engine.sequence import IllegalTransitionError, Sequence, SequenceStatus
+from tests.fakes import FakeStages, expected_tokens, facts
+
+
+def sequence(seq_id: int, num_prompt: int = 4, max_tokens: int = 8) -> Sequence:
+    return Sequence(
+        seq_id=seq_id,
+        prompt_token_ids=tuple(range(seq_id, seq_id + num_prompt)),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=seq_id),
+    )
+
+
+def fill(scheduler: Scheduler, stages: FakeStages) -> list[MicroBatch]:
+    """Schedule until the scheduler has no more for the pipeline."""
+    batches = []
+    while (batch := scheduler.schedule()) is not None:
+        stages.submit(batch)
+        batches.append(batch)
+    return batches
+
+
+def run_step(scheduler: Scheduler, stages: FakeStages) -> None:
+    """Take the oldest step in flight through all stages."""
+    for index in range(scheduler.facts.num_stages):
+        output = stages.advance(index)
+    assert output is not None
+    scheduler.update(output)
+
+
+def run_until_decoding(scheduler: Scheduler, stages: FakeStages, count: int) -> list[MicroBatch]:
+    batches: list[MicroBatch] = []
+    while not batches or batches[-1].num_decode_rows < count:
+        batches += fill(scheduler, stages)
+        run_step(scheduler, stages)
+    return batches
+
+
+def test_decode_rows_are_split_evenly_over_the_stages() -> None:
+    scheduler = Scheduler(facts(num_stages=2, num_rows=8))
+    stages = FakeStages(scheduler.facts)
+    for seq_id in range(8):
+        scheduler.add(sequence(seq_id, max_tokens=50))
+    run_until_decoding(scheduler, stages, 4)
+    sizes = Counter()
+    for _ in range(10):
+        run_step(scheduler, stages)
+        for batch in fill(scheduler, stages):
+            sizes[batch.num_decode_rows] += 1
+    assert set(sizes) == {4}
+
+
+def test_a_lone_sequence_is_looked_ahead_and_never_waits_for_an_empty_cohort() -> None:
+    scheduler = Scheduler(facts(num_stages=3))
+    stages = FakeStages(scheduler.facts)
+    scheduler.add(sequence(0))
+    prefill, ahead = fill(scheduler, stages)
+    assert (prefill.num_decode_rows, ahead.num_decode_rows) == (0, 1)
+    assert ahead.needs_step == prefill.step_id
+    run_step(scheduler, stages)
+    assert [batch.num_decode_rows for batch in fill(scheduler, stages)] == [1]
+
+
+def test_without_look_ahead_a_step_waits_for_the_previous_result() -> None:
+    scheduler = Scheduler(facts(num_stages=1, num_look_ahead=0))
+    stages = FakeStages(scheduler.facts)
+    scheduler.add(sequence(0))
+    assert len(fill(scheduler, stages)) == 1
+    run_step(scheduler, stages)
+    (decode,) = fill(scheduler, stages)
+    assert decode.needs_step is None
+
+
+def test_chunks_of_a_long_prompt_follow_each_other_without_waiting() -> None:
+    scheduler = Scheduler(facts(num_stages=2, max_batch_tokens=16, num_rows=4))
+    stages = FakeStages(scheduler.facts)
+    scheduler.add(sequence(0, num_prompt=100))
+    batches = fill(scheduler, stages)
+    assert [batch.num_tokens for batch in batches] == [16, 16, 16]
+    assert [batch.first_positions_S.tolist() for batch in batches] == [[0], [16], [32]]
+    assert not any(batch.samples_S.any() for batch in batches)
+
+
+def test_max_tokens_is_never_overrun_by_look_ahead() -> None:
+    scheduler = Scheduler(facts(num_stages=2))
+    stages = FakeStages(scheduler.facts)
+    scheduler.add(sequence(0, max_tokens=3))
+    num_samples = 0
+    while scheduler.num_waiting or scheduler.num_running:
+        num_samples += sum(int(batch.samples_S.sum()) for batch in fill(scheduler, stages))
+        run_step(scheduler, stages)
+    assert num_samples == 3
+
+
+def test_the_newest_is_preempted_and_still_gets_its_tokens() -> None:
+    scheduler = Scheduler(facts(num_blocks=8, block_size=2, context_length=16, num_rows=2))
+    stages = FakeStages(scheduler.facts)
+    old, new = sequence(0, max_tokens=12), sequence(1, max_tokens=12)
+    scheduler.add(old)
+    scheduler.add(new)
+    while not scheduler.num_preemptions:
+        fill(scheduler, stages)
+        run_step(scheduler, stages)
+    assert new.status is SequenceStatus.WAITING
+    assert old.status is SequenceStatus.RUNNING
+    while scheduler.num_waiting or scheduler.num_running:
+        fill(scheduler, stages)
+        run_step(scheduler, stages)
+    for done in (old, new):
+        expected = expected_tokens(done.prompt_token_ids, done.sampling)
+        assert done.token_ids[done.num_prompt_tokens :] == expected
+
+
+def test_ending_a_sequence_frees_its_blocks_at_once() -> None:
+    scheduler = Scheduler(facts())
+    stages = FakeStages(scheduler.facts)
+    aborted = sequence(0)
+    scheduler.add(aborted)
+    fill(scheduler, stages)
+    assert scheduler.pool.num_free < scheduler.facts.num_blocks
+    scheduler.end(aborted, SequenceStatus.ABORTED)
+    assert scheduler.pool.num_free == scheduler.facts.num_blocks
+    while scheduler.has_steps_in_flight:
+        run_step(scheduler, stages)
+    assert scheduler.num_generated_tokens == 0
+
+
+def test_waiting_prompts_do_not_take_a_whole_step_from_those_that_decode() -> None:
+    scheduler = Scheduler(facts(num_blocks=512, context_length=512, max_batch_tokens=64))
+    stages = FakeStages(scheduler.facts)
+    scheduler.add(sequence(0, max_tokens=100))
+    run_until_decoding(scheduler, stages, 1)
+    scheduler.add(sequence(1, num_prompt=200))
+    batches: list[MicroBatch] = []
+    for _ in range(4):
+        batches += fill(scheduler, stages)
+        run_step(scheduler, stages)
+    mixed = [batch for batch in batches if len(batch.prefill_token_ids)]
+    assert max(len(batch.prefill_token_ids) for batch in mixed) <= 25
+
+
+def test_an_illegal_transition_raises_and_changes_nothing() -> None:
+    done = sequence(0)
+    done.move_to(SequenceStatus.ABORTED)
+    with pytest.raises(IllegalTransitionError, match="from aborted to running"):
+        done.start(0, 0)
+    assert done.status is SequenceStatus.ABORTED
+    assert done.row is None
+
+
+def test_freeing_a_free_block_is_noticed() -> None:
+    pool = BlockPool(2)
+    taken = pool.allocate(1)
+    assert taken is not None
+    pool.free(taken)
+    with pytest.raises(AssertionError, match="has no user"):
+        pool.free(taken)
