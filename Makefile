@@ -7,6 +7,7 @@ USERS ?= 8
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c .ci/constraints.txt
+TRITON := triton==3.6.0
 PINS := pyproject.toml .ci/constraints.txt
 
 .PHONY: help serve test lint types loadtest clean
@@ -56,6 +57,8 @@ clean: ## delete the virtual environment and the tools' caches
 .venv/.dev-stamp: $(PINS) | .venv/bin/python
 	@echo "installing pipeserve and its development tools into .venv (minutes at first)"
 	$(PIP) -e '.[dev]'
+	@# torch's CUDA build brings the Triton that fits it; the CPU build comes without.
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON)
 	@touch .venv/.base-stamp $@
 
 # Apart from the others, since Locust brings gevent along.

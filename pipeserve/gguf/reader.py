@@ -20,6 +20,7 @@ from pipeserve.gguf.header import Header, MetadataValue, TensorInfo, parse_heade
 _SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 Value = TypeVar("Value")
+_Maps = Mapping[Path, npt.NDArray[np.uint8]]
 
 
 class GGUFFile:
@@ -127,9 +128,6 @@ class GGUFFile:
                 f"the metadata key {key} is of type {type(value).__name__}, not {kind.__name__}",
             )
         return value
-
-
-_Maps = Mapping[Path, npt.NDArray[np.uint8]]
 
 
 def _shard_paths(path: Path) -> list[Path]:

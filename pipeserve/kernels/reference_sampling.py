@@ -39,7 +39,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def uniform(seeds_S: Tensor, positions_S: Tensor) -> Tensor:
     """One float64 in [0, 1) per row, with 53 random bits: a hash of (seed, position) alone."""
-    hash_S = _mix(_mix(seeds_S) + positions_S * _INCREMENT)
+    hash_S = _mix(_mix(seeds_S) + positions_S.long() * _INCREMENT)
     return _shift_right(hash_S, 11).double() * 2.0**-53
 
 

@@ -12,16 +12,20 @@ from pipeserve.errors import ConfigError
 from pipeserve.models.config import ModelConfig
 from pipeserve.models.loader import LayerRange
 
-
-def layer_cost(config: ModelConfig) -> int:
-    """Weights that one layer's products read: what its time on a CPU follows."""
-    projections = 2 * (config.attention_size + config.kv_size) + 3 * config.ffn_size
-    return config.hidden_size * projections
+_LAYER_OVERHEAD = 2_000_000
+"""Weights that could be read in the time of a layer's norms, attention and calls. Measured on one
+core at 4 rows: 1.7 ms for a layer of 3.5 M weights, 8.4 ms for a head of 28.3 M."""
 
 
-def head_cost(config: ModelConfig) -> int:
-    """Weights that the output head reads. The embedding reads one line per token: nothing."""
-    return config.hidden_size * config.vocab_size
+def layer_cost(model: ModelConfig) -> int:
+    """What one layer's time on a CPU follows, in weights: its products read each one once."""
+    rows = 2 * (model.attention_size + model.kv_size) + 3 * model.ffn_size
+    return model.hidden_size * rows + _LAYER_OVERHEAD
+
+
+def head_cost(model: ModelConfig) -> int:
+    """The output head's, in the same unit. The embedding reads one line per token: nothing."""
+    return model.hidden_size * model.vocab_size
 
 
 def cut_layers(

@@ -87,7 +87,8 @@ class Sampler:
         positions_dev_S = int_tensor(positions_S, self._device)
         ids_S = self._draw(adjusted_SV, states, rows_dev_S, positions_dev_S)
         counted = _where(state.params.has_penalties for state in states)
-        if counted and self._penalties is not None:
+        if counted:
+            assert self._penalties is not None, "made when the first such row started"
             self._penalties.count(rows_dev_S[counted], ids_S[counted])
         return ids_S, _step_logprobs(logits_SV, ids_S, states)
 
@@ -132,7 +133,8 @@ class Sampler:
             state = states[index]
             adjusted_SV[index].index_add_(0, state.bias_ids, state.bias_values)
         penalised = _where(state.params.has_penalties for state in states)
-        if penalised and self._penalties is not None:
+        if penalised:
+            assert self._penalties is not None, "made when the first such row started"
             adjusted_SV[penalised] = self._penalties.apply(
                 adjusted_SV[penalised], rows_S[penalised]
             )

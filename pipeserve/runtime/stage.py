@@ -73,9 +73,10 @@ class Stage:
         return self._activity
 
     def _main(self) -> None:
-        # Despite its place in the module this sets OpenMP's and MKL's counts of the calling thread
-        # only: stages with different counts do not disturb each other once they have started.
+        # Sets OpenMP's and MKL's counts, which each thread has for itself, and a default that a
+        # thread takes over when it first asks; asking at once makes this thread's count final.
         torch.set_num_threads(self._num_threads)
+        torch.get_num_threads()
         try:
             with torch.inference_mode():
                 self._work()

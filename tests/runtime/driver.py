@@ -98,9 +98,7 @@ class Driver:
         self.num_steps = 0
         self.stage_busy_s = np.zeros(pipeline.facts.num_stages)
 
-    def generate(
-        self, prompts: Sequence[Prompt], schedule: Schedule | None = None
-    ) -> list[Result]:
+    def generate(self, prompts: Sequence[Prompt], schedule: Schedule | None = None) -> list[Result]:
         """Run all prompts together to their max_tokens; raises AssertionError on a StageFailure."""
         schedule = schedule or Schedule()
         facts = self.pipeline.facts

@@ -13,7 +13,6 @@ from sentencepiece import sentencepiece_model_pb2
 from pipeserve.text.vocabulary import TokenType
 from tests.text.corpus import CORPUS
 
-
 INERT_MERGE = "ÿ þ"
 """A merge of the bytes FF and FE, which no text has: a file without any merge is refused."""
 

@@ -104,12 +104,13 @@ class TestByteLevel:
         assert byte_tokenizer.decode([0xE2, 0x82, ord("a"), 0xFF]) == "\ufffda\ufffd"
 
 
-class TestBeginningAndEnd:
-    IDS = {"bos_token_id": END, "eos_token_id": END + 1}
+ENDS = {"bos_token_id": END, "eos_token_id": END + 1}
 
+
+class TestBeginningAndEnd:
     def tokenizer(self, path: Path, **flags: bool) -> Tokenizer:
         control = ["<s>", "</s>"]
-        return load(write_byte_vocabulary(path, control=control, ids=self.IDS, flags=flags))
+        return load(write_byte_vocabulary(path, control=control, ids=ENDS, flags=flags))
 
     def test_bos_and_eos_are_added_once(self, path: Path) -> None:
         tokenizer = self.tokenizer(path, add_bos_token=True, add_eos_token=True)
@@ -132,7 +133,7 @@ class TestBeginningAndEnd:
         self, pre: str, adds: bool, path: Path
     ) -> None:
         control = ["<s>", "</s>"]
-        tokenizer = load(write_byte_vocabulary(path, pre=pre, control=control, ids=self.IDS))
+        tokenizer = load(write_byte_vocabulary(path, pre=pre, control=control, ids=ENDS))
         assert tokenizer.add_bos is adds
 
     def test_no_bos_token_no_bos(self, path: Path) -> None:
