@@ -129,13 +129,18 @@ class Scheduler:
         return batch
 
     def _decode_chunks(self, new_blocks: list[tuple[int, int, int]]) -> list[_Chunk]:
-        ready = self._cohorts.take_turn(self._next_step_id)
-        # Oldest first: whoever a growing sequence preempts is newer, so not in the list yet.
-        return [
-            _Chunk(sequence=sequence, num_tokens=1, samples=True)
-            for sequence in sorted(ready, key=lambda sequence: sequence.admission)
-            if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, new_blocks)
-        ]
+        while ready := self._cohorts.take_turn(self._next_step_id):
+            # Oldest first: whoever a growing sequence preempts is newer, so not in the list yet.
+            chunks = [
+                _Chunk(sequence=sequence, num_tokens=1, samples=True)
+                for sequence in sorted(ready, key=lambda sequence: sequence.admission)
+                if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, new_blocks)
+            ]
+            if chunks:
+                return chunks
+            # All of this cohort were preempted, the last for want of a block that an older one of
+            # another cohort holds: that one must go on, or nobody would.
+        return []
 
     def _grow(self, sequence: Sequence, new_blocks: list[tuple[int, int, int]]) -> bool:
         """Make room for one more token, preempting newer sequences; False if it was preempted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -120,6 +121,30 @@ def test_the_newest_is_preempted_and_still_gets_its_tokens() -> None:
     for done in (old, new):
         expected = expected_tokens(done.prompt_token_ids, done.sampling)
         assert done.token_ids[done.num_prompt_tokens :] == expected
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_somebody_can_always_go_on_however_small_the_pool(num_stages: int) -> None:
+    """Also where a cohort's only sequence is preempted by itself: the turn passes on."""
+    num_preemptions = 0
+    for num_blocks, first, second in itertools.product(range(5, 10), range(1, 5), range(1, 5)):
+        limits = facts(
+            num_stages=num_stages, num_blocks=num_blocks, block_size=1, context_length=num_blocks
+        )
+        scheduler = Scheduler(limits)
+        stages = FakeStages(limits)
+        sequences = [
+            sequence(seq_id, num_prompt=length, max_tokens=num_blocks - length)
+            for seq_id, length in enumerate((first, second, second, first))
+        ]
+        for arriving in sequences:
+            scheduler.add(arriving)
+        while not all(running.is_ended for running in sequences):
+            batches = fill(scheduler, stages)
+            assert batches or scheduler.has_steps_in_flight, "nobody can go on"
+            run_step(scheduler, stages)
+        num_preemptions += scheduler.num_preemptions
+    assert num_preemptions > 0
 
 
 def test_ending_a_sequence_frees_its_blocks_at_once() -> None:

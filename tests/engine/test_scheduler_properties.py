@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeserve.core.sampling import SamplingParams
@@ -132,6 +132,8 @@ SchedulerMachine.TestCase.settings = settings(
     max_examples=250,
     stateful_step_count=60,
     deadline=None,
+    # A failing run is printed as it was found: making it shorter can take many minutes.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestScheduler = SchedulerMachine.TestCase
