@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
+
+SEND_TIMEOUT_S = 1.0
 
 
 class ServiceNotifier:
@@ -37,5 +40,8 @@ class ServiceNotifier:
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.connect(self._address)
-            sender.sendall(state.encode())
+            # A service manager that does not read must not hold the daemon up.
+            sender.settimeout(SEND_TIMEOUT_S)
+            with suppress(TimeoutError):
+                sender.connect(self._address)
+                sender.sendall(state.encode())

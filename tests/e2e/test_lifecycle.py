@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from aiohttp import ClientConnectionError, ClientPayloadError, ClientSession
 
+from pipeserve.notify import ServiceNotifier
 from tests.e2e.daemon_process import FAULTY_DAEMON, daemon
 
 pytestmark = pytest.mark.usefixtures("demo_model_path")
@@ -114,23 +116,41 @@ async def test_sigterm_while_loading_stops_at_once() -> None:
 
 def test_systemd_is_told(tmp_path: Path) -> None:
     address = str(tmp_path / "notify")
+    messages: list[str] = []
+
+    def listen(listener: socket.socket) -> None:
+        while "END" not in messages:
+            messages.extend(listener.recv(4096).decode().split("\n"))
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(address)
-        listener.settimeout(20)
+        reader = threading.Thread(target=listen, args=(listener,))
+        reader.start()
         environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "500000"}
-        with daemon(environ=environ) as running:
-            running.signal()
-            assert running.wait() == 0
-        listener.setblocking(False)
-        messages = []
-        while True:
-            try:
-                messages += listener.recv(4096).decode().split("\n")
-            except BlockingIOError:
-                break
+        try:
+            with daemon(environ=environ) as running:
+                running.signal()
+                assert running.wait() == 0
+        finally:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.sendto(b"END", address)
+            reader.join()
     assert any(message.startswith("STATUS=loading weights") for message in messages)
     assert messages.index("READY=1") < messages.index("STOPPING=1")
     assert "WATCHDOG=1" in messages
+
+
+def test_a_service_manager_that_does_not_read_holds_nothing_up(tmp_path: Path) -> None:
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.connect(address)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    sender.send(b"filler")
+        ServiceNotifier({"NOTIFY_SOCKET": address}).status("lost, but not waited for")
 
 
 def failed_start(*arguments: str) -> str:
