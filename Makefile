@@ -10,11 +10,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c .ci/constrain
 TRITON := triton==3.6.0
 PINS := pyproject.toml .ci/constraints.txt
 
-.PHONY: help serve test lint types loadtest clean
+.PHONY: help serve test lint types kernels-aot loadtest clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 serve: .venv/.base-stamp ## serve a model on http://127.0.0.1:8000/v1; ARGS="--port 8001 --model ..."
 	$(BIN)/pipeserve serve $(ARGS)
@@ -30,6 +30,9 @@ lint: .venv/.dev-stamp ## ruff: rules and format
 
 types: .venv/.dev-stamp ## mypy
 	$(BIN)/mypy
+
+kernels-aot: .venv/.dev-stamp ## compile every GPU kernel for every card, without a GPU; ARGS="--sample 24"
+	$(BIN)/python -m pipeserve.bench.kernels_aot $(ARGS)
 
 loadtest: .venv/.loadtest-stamp ## 30 s of Locust users against a running server; HOST=... USERS=8
 	$(BIN)/locust -f loadtest/locustfile.py --headless --run-time 30s --stop-timeout 30s \

@@ -1,0 +1,422 @@
+"""Paged attention of decode rows: one query per sequence, split over its cached positions.
+
+Two Triton launches: every program takes one segment of one sequence for one kv head, then a merge
+weighs the segments (Flash-Decoding; the merge by log-sum-exp as in arXiv 2205.14135). The grid
+depends on the number of rows alone, lengths are read on the device: one CUDA graph serves any
+length. Twins: reference.py, and reference_attention.py for the options.
+
+Shapes: S sequences, N query heads, K kv heads, H head dim, B blocks, P position in block, G
+segments.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeserve.kernels.aot import AotCase
+from pipeserve.kernels.attention_tile import (
+    LOG2_E,
+    attend_tile,
+    has_ptx_assembly,
+    load_blocks,
+    load_scales,
+)
+
+NO_WINDOW = 2**30
+"""A window that no context reaches."""
+_WANTED_PROGRAMS = 1024
+_MAX_SEGMENTS = 32
+_MIN_SEGMENTS = 8
+"""Kept even where the rows alone fill the card: one long sequence among short ones is shared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """Launch shape: cache positions per tile, fewest tiles per segment, segments, warps, stages."""
+
+    tile: int
+    min_tiles: int
+    num_segments: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _segment(length, window, min_tiles, NUM_SEGMENTS: tl.constexpr, TILE: tl.constexpr):
+    """First visible position, that of its tile, and positions per segment."""
+    first = tl.maximum(length - window, 0)
+    base = first // TILE * TILE
+    num_tiles = tl.cdiv(length - base, TILE)
+    tiles_per_segment = tl.maximum(tl.cdiv(num_tiles, NUM_SEGMENTS), min_tiles)
+    return first, base, tiles_per_segment * TILE
+
+
+@triton.jit
+def decode_segments_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    table_ptr,
+    lengths_ptr,
+    partial_ptr,
+    lse_ptr,
+    scale_log2,
+    cap_log2,
+    window,
+    min_tiles,
+    num_kv_heads,
+    q_stride_seq,
+    q_stride_head,
+    stride_block,
+    stride_token,
+    stride_head,
+    table_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGE: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """partial [S, N, G, H] and lse [S, N, G] float32; segments past the length stay unwritten."""
+    kv_head = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    segment = tl.program_id(2)
+    length = tl.load(lengths_ptr + seq).to(tl.int32)
+    first, base, span = _segment(length, window, min_tiles, NUM_SEGMENTS, TILE)
+    start = base + segment * span
+    if start >= length:
+        return
+    end = tl.minimum(start + span, length)
+
+    rows_M = tl.arange(0, BLOCK_M)
+    dims_H = tl.arange(0, BLOCK_H)
+    is_row_M = rows_M < GROUP
+    heads_M = kv_head * GROUP + rows_M
+    is_q_MH = is_row_M[:, None] & (dims_H < HEAD_DIM)[None, :]
+    q_ptr_MH = q_ptr + seq * q_stride_seq + heads_M[:, None] * q_stride_head + dims_H[None, :]
+    q_MH = tl.load(q_ptr_MH, is_q_MH, other=0.0)
+    if IS_INT8:
+        q_MH = q_MH.to(tl.float16)
+    else:
+        q_MH = q_MH.to(k_ptr.dtype.element_ty)
+    m_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_M = tl.zeros((BLOCK_M,), tl.float32)
+    acc_MH = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    first_M = tl.zeros((BLOCK_M,), tl.int32) + first
+    last_M = tl.zeros((BLOCK_M,), tl.int32) + (end - 1)
+    table_row_ptr = table_ptr + seq * table_stride
+    block_L = load_blocks(table_row_ptr, start, end, TILE, PAGE)
+    k_scale_L = load_scales(
+        k_scale_ptr, block_L, start, end, kv_head, num_kv_heads, TILE, PAGE, IS_INT8
+    )
+    v_scale_L = load_scales(
+        v_scale_ptr, block_L, start, end, kv_head, num_kv_heads, TILE, PAGE, IS_INT8
+    )
+    for tile_start in range(start, end, TILE):
+        m_M, l_M, acc_MH, block_L, k_scale_L, v_scale_L = attend_tile(
+            q_MH,
+            m_M,
+            l_M,
+            acc_MH,
+            block_L,
+            k_scale_L,
+            v_scale_L,
+            k_ptr,
+            v_ptr,
+            k_scale_ptr,
+            v_scale_ptr,
+            table_row_ptr,
+            kv_head,
+            tile_start,
+            end,
+            first_M,
+            last_M,
+            scale_log2,
+            cap_log2,
+            stride_block,
+            stride_token,
+            stride_head,
+            num_kv_heads,
+            HEAD_DIM,
+            BLOCK_H,
+            TILE,
+            PAGE,
+            IS_INT8,
+            HAS_SOFT_CAP,
+            True,
+            ASM,
+        )
+    slot_M = (seq * num_kv_heads * GROUP + heads_M) * NUM_SEGMENTS + segment
+    partial_ptr_MH = partial_ptr + slot_M[:, None] * HEAD_DIM + dims_H[None, :]
+    tl.store(partial_ptr_MH, acc_MH / l_M[:, None], is_q_MH)
+    tl.store(lse_ptr + slot_M, m_M + tl.log2(l_M), is_row_M)
+
+
+@triton.jit
+def decode_merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    sinks_ptr,
+    lengths_ptr,
+    out_ptr,
+    window,
+    min_tiles,
+    num_heads,
+    out_stride_seq,
+    out_stride_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Weigh the segments of one query head; 0 where the sequence has no length."""
+    head = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths_ptr + seq).to(tl.int32)
+    _, base, span = _segment(length, window, min_tiles, NUM_SEGMENTS, TILE)
+    segments_G = tl.arange(0, NUM_SEGMENTS)
+    dims_H = tl.arange(0, BLOCK_H)
+    is_used_G = base + segments_G * span < length
+    slot_G = (seq * num_heads + head) * NUM_SEGMENTS + segments_G
+    lse_G = tl.load(lse_ptr + slot_G, is_used_G, other=float("-inf"))
+    highest = tl.max(lse_G, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        highest = tl.maximum(highest, sink)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    weight_G = tl.exp2(lse_G - highest)
+    total = tl.sum(weight_G, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - highest)
+    is_partial_GH = is_used_G[:, None] & (dims_H < HEAD_DIM)[None, :]
+    partial_ptr_GH = partial_ptr + slot_G[:, None] * HEAD_DIM + dims_H[None, :]
+    partial_GH = tl.load(partial_ptr_GH, is_partial_GH, other=0.0)
+    out_H = tl.sum(partial_GH * weight_G[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    out_ptr_H = out_ptr + seq * out_stride_seq + head * out_stride_head + dims_H
+    tl.store(out_ptr_H, out_H.to(out_ptr.dtype.element_ty), dims_H < HEAD_DIM)
+
+
+def decode_config(
+    num_seqs: int, num_kv_heads: int, head_dim: int, *, kv: torch.dtype
+) -> DecodeConfig:
+    """By what is known at capture: enough segments that few rows fill a card, few for many rows."""
+    programs = num_seqs * num_kv_heads
+    wanted = triton.next_power_of_2(-(-_WANTED_PROGRAMS // programs))
+    few_rows = programs <= 64
+    tile, num_stages = 64 if head_dim <= 128 else 32, 3
+    if torch.version.hip is not None:
+        # Larger tiles and pipelining spill registers on RDNA (seen in the compiled code).
+        tile, num_stages = 16, 1
+    return DecodeConfig(
+        tile=tile,
+        min_tiles=1 if few_rows else 4,
+        num_segments=min(_MAX_SEGMENTS, max(_MIN_SEGMENTS, wanted)),
+        # Unpacking bytes is work per warp: 18 % faster with two at 128 rows on an H100.
+        num_warps=2 if kv == torch.int8 and not few_rows else 4,
+        num_stages=num_stages,
+    )
+
+
+def paged_attention_decode(
+    q_SNH: Tensor,
+    k_cache_BPKH: Tensor,
+    v_cache_BPKH: Tensor,
+    block_table_SB: Tensor,
+    lengths_S: Tensor,
+    scale: float,
+    *,
+    k_scale_BKP: Tensor | None = None,
+    v_scale_BKP: Tensor | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: Tensor | None = None,
+    out_SNH: Tensor | None = None,
+    config: DecodeConfig | None = None,
+) -> Tensor:
+    """Attention of one query per sequence over its first lengths_S cache positions -> [S, N, H].
+
+    A row of length 0 gets zeros. Entries of block_table_SB past a row's length are not read.
+    `window`: only the last so many positions. `soft_cap`: scores become cap * tanh(score / cap).
+    sinks_N: a logit per head that takes part in the softmax and has no value. int8 caches need
+    both scales.
+    """
+    num_seqs, num_heads, head_dim = q_SNH.shape
+    page, num_kv_heads = k_cache_BPKH.shape[1:3]
+    check_cache(q_SNH, k_cache_BPKH, v_cache_BPKH, k_scale_BKP, v_scale_BKP, block_table_SB)
+    out_SNH = (
+        torch.empty_like(q_SNH, memory_format=torch.contiguous_format)
+        if (out_SNH is None)
+        else out_SNH
+    )
+    assert out_SNH.stride(2) == 1, "the head dim of the output is contiguous"
+    if num_seqs == 0:
+        return out_SNH
+    config = config or decode_config(num_seqs, num_kv_heads, head_dim, kv=k_cache_BPKH.dtype)
+    shape = (num_seqs, num_heads, config.num_segments)
+    partial_SNGH = torch.empty((*shape, head_dim), dtype=torch.float32, device=q_SNH.device)
+    lse_SNG = torch.empty(shape, dtype=torch.float32, device=q_SNH.device)
+    is_int8 = k_scale_BKP is not None
+    group = num_heads // num_kv_heads
+    block_h = triton.next_power_of_2(head_dim)
+    decode_segments_kernel[(num_kv_heads, num_seqs, config.num_segments)](
+        q_SNH,
+        k_cache_BPKH,
+        v_cache_BPKH,
+        k_scale_BKP if is_int8 else lse_SNG,
+        v_scale_BKP if is_int8 else lse_SNG,
+        block_table_SB,
+        lengths_S,
+        partial_SNGH,
+        lse_SNG,
+        scale * LOG2_E,
+        (soft_cap or 1.0) * LOG2_E,
+        window or NO_WINDOW,
+        config.min_tiles,
+        num_kv_heads,
+        q_SNH.stride(0),
+        q_SNH.stride(1),
+        *k_cache_BPKH.stride()[:3],
+        block_table_SB.stride(0),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_H=block_h,
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        TILE=config.tile,
+        PAGE=page,
+        NUM_SEGMENTS=config.num_segments,
+        IS_INT8=is_int8,
+        HAS_SOFT_CAP=soft_cap is not None,
+        ASM=has_ptx_assembly(q_SNH.device),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    decode_merge_kernel[(num_heads, num_seqs)](
+        partial_SNGH,
+        lse_SNG,
+        lse_SNG if sinks_N is None else sinks_N,
+        lengths_S,
+        out_SNH,
+        window or NO_WINDOW,
+        config.min_tiles,
+        num_heads,
+        out_SNH.stride(0),
+        out_SNH.stride(1),
+        HEAD_DIM=head_dim,
+        BLOCK_H=block_h,
+        TILE=config.tile,
+        NUM_SEGMENTS=config.num_segments,
+        HAS_SINKS=sinks_N is not None,
+        num_warps=2,
+    )
+    return out_SNH
+
+
+def check_cache(
+    q_TNH: Tensor,
+    k_cache_BPKH: Tensor,
+    v_cache_BPKH: Tensor,
+    k_scale_BKP: Tensor | None,
+    v_scale_BKP: Tensor | None,
+    block_table_SB: Tensor,
+) -> None:
+    """Assert the layouts that the kernels' address arithmetic relies on."""
+    assert q_TNH.stride(2) == 1, "the head dim of the queries is contiguous"
+    assert k_cache_BPKH.stride(3) == 1, "the head dim of the cache is contiguous"
+    assert k_cache_BPKH.stride() == v_cache_BPKH.stride(), "keys and values lie alike"
+    assert block_table_SB.stride(1) == 1, "a row of the block table is contiguous"
+    assert q_TNH.shape[1] % k_cache_BPKH.shape[2] == 0, "query heads share kv heads evenly"
+    is_int8 = k_cache_BPKH.dtype == torch.int8
+    for scale in (k_scale_BKP, v_scale_BKP):
+        assert (scale is not None) == is_int8, "int8 caches, and they alone, have scales"
+        assert scale is None or scale.is_contiguous(), "scales are contiguous [B, K, P]"
+
+
+def _aot_case(name: str, *, kv: str, head_dim: int, group: int, tile: int) -> AotCase:
+    return AotCase(
+        name=f"decode_segments_{name}",
+        kernel=decode_segments_kernel,
+        signature={
+            "q_ptr": "*fp16" if kv == "i8" else f"*{kv}",
+            "k_ptr": f"*{kv}",
+            "v_ptr": f"*{kv}",
+            "k_scale_ptr": "*fp16",
+            "v_scale_ptr": "*fp16",
+            "table_ptr": "*i32",
+            "lengths_ptr": "*i32",
+            "partial_ptr": "*fp32",
+            "lse_ptr": "*fp32",
+            "scale_log2": "fp32",
+            "cap_log2": "fp32",
+            **dict.fromkeys(_SEGMENT_INTEGERS, "i32"),
+        },
+        constexprs={
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            "BLOCK_H": triton.next_power_of_2(head_dim),
+            "BLOCK_M": 16,
+            "TILE": tile,
+            "PAGE": 16,
+            "NUM_SEGMENTS": 16,
+            "IS_INT8": kv == "i8",
+            "HAS_SOFT_CAP": head_dim == 256,
+            "ASM": True,
+        },
+    )
+
+
+_SEGMENT_INTEGERS = (
+    "window",
+    "min_tiles",
+    "num_kv_heads",
+    "q_stride_seq",
+    "q_stride_head",
+    "stride_block",
+    "stride_token",
+    "stride_head",
+    "table_stride",
+)
+AOT_CASES = (
+    _aot_case("f16_128", kv="fp16", head_dim=128, group=4, tile=64),
+    _aot_case("bf16_256", kv="bf16", head_dim=256, group=4, tile=32),
+    _aot_case("int8_128", kv="i8", head_dim=128, group=4, tile=64),
+    _aot_case("f16_80", kv="fp16", head_dim=80, group=7, tile=64),
+    AotCase(
+        name="decode_merge",
+        kernel=decode_merge_kernel,
+        signature={
+            "partial_ptr": "*fp32",
+            "lse_ptr": "*fp32",
+            "sinks_ptr": "*fp32",
+            "lengths_ptr": "*i32",
+            "out_ptr": "*bf16",
+            "window": "i32",
+            "min_tiles": "i32",
+            "num_heads": "i32",
+            "out_stride_seq": "i32",
+            "out_stride_head": "i32",
+        },
+        constexprs={
+            "HEAD_DIM": 128,
+            "BLOCK_H": 128,
+            "TILE": 64,
+            "NUM_SEGMENTS": 16,
+            "HAS_SINKS": True,
+        },
+        num_warps=2,
+    ),
+)
