@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from pipeserve.kernels import reference as kernels
+from pipeserve.kernels.backend import Backend
 from pipeserve.models.config import ModelConfig
-from pipeserve.models.linear import Linear
+from pipeserve.models.linear import Embedding, Linear
 from pipeserve.models.rotary import rotary_angles, rotary_scale
 
 
@@ -85,7 +84,8 @@ class Decoder:
     """One stage's share of a model: a run of layers, the embedding if first, the head if last."""
 
     config: ModelConfig
-    embedding_VD: Tensor | None
+    backend: Backend
+    embedding: Embedding | None
     layers: Sequence[DecoderLayer]
     head: Head | None
     rotary_frequencies: Tensor
@@ -93,25 +93,25 @@ class Decoder:
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """[T] -> [T, D]."""
-        assert self.embedding_VD is not None, "only the first stage has the embedding"
-        return functional.embedding(token_ids_T, self.embedding_VD)
+        assert self.embedding is not None, "only the first stage has the embedding"
+        return self.embedding(token_ids_T)
 
     def forward(
         self, x_TD: Tensor, caches: Sequence[LayerCache], metadata: AttentionMetadata
     ) -> Tensor:
-        """Run the layers: [T, D] -> [T, D]; writes the tokens' keys and values to the caches."""
-        config, eps = self.config, self.config.rms_eps
+        """Run the layers: [T, D] -> [T, D] float32; writes keys and values to the caches."""
+        config, kernels, eps = self.config, self.backend, self.config.rms_eps
         angles = rotary_angles(
             metadata.positions_T, self.rotary_frequencies, rotary_scale(config.rope_scaling)
         )
-        residual_TD = x_TD
-        normed_TD = kernels.rms_norm(x_TD, self.layers[0].attention_norm_D, eps)
+        residual_TD = x_TD.float()
+        normed_TD = self._norm(residual_TD, self.layers[0].attention_norm_D)
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if index > 0:
                 normed_TD, residual_TD = kernels.add_rms_norm(
                     x_TD, residual_TD, layer.attention_norm_D, eps
                 )
-            x_TD = _attention(layer, config, normed_TD, angles, cache, metadata)
+            x_TD = _attention(layer, config, kernels, normed_TD, angles, cache, metadata)
             normed_TD, residual_TD = kernels.add_rms_norm(x_TD, residual_TD, layer.ffn_norm_D, eps)
             x_TD = layer.down(kernels.swiglu(layer.gate_up(normed_TD)))
         return x_TD + residual_TD
@@ -119,14 +119,19 @@ class Decoder:
     def logits(self, x_SD: Tensor) -> Tensor:
         """Final norm and head: [S, D] -> [S, V] float32."""
         assert self.head is not None, "only the last stage has the head"
-        return self.head.output(
-            kernels.rms_norm(x_SD, self.head.norm_D, self.config.rms_eps)
-        ).float()
+        return self.head.output(self._norm(x_SD, self.head.norm_D)).float()
+
+    def _norm(self, residual_TD: Tensor, weight_D: Tensor) -> Tensor:
+        """The norm of the float32 residual stream, in the backend's type."""
+        return self.backend.rms_norm(residual_TD, weight_D, self.config.rms_eps).to(
+            self.backend.dtype
+        )
 
 
 def _attention(
     layer: DecoderLayer,
     config: ModelConfig,
+    kernels: Backend,
     x_TD: Tensor,
     angles: tuple[Tensor, Tensor],
     cache: LayerCache,
@@ -135,12 +140,17 @@ def _attention(
     num_tokens = x_TD.shape[0]
     qkv_TMH = layer.qkv(x_TD).view(num_tokens, -1, config.head_dim)
     q_TNH = kernels.rotary_and_cache(qkv_TMH, *angles, cache.k_BPKH, cache.v_BPKH, metadata.slots_T)
-    out_TNH = paged_attention(q_TNH, cache, metadata, scale=config.head_dim**-0.5)
+    out_TNH = paged_attention(kernels, q_TNH, cache, metadata, scale=config.head_dim**-0.5)
     return layer.output(out_TNH.view(num_tokens, config.attention_size))
 
 
 def paged_attention(
-    q_TNH: Tensor, cache: LayerCache, metadata: AttentionMetadata, *, scale: float
+    kernels: Backend,
+    q_TNH: Tensor,
+    cache: LayerCache,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
 ) -> Tensor:
     """Attention of decode rows and prefill chunks, each by its own kernel -> [T, N, H]."""
     decode, prefill, num_decode = metadata.decode, metadata.prefill, metadata.num_decode_rows

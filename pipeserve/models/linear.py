@@ -1,21 +1,29 @@
-"""Linear layers: one callable per way of holding a weight matrix.
+"""Matrices as a stage holds them: linear layers and embeddings, one class per way of holding.
 
-Used by one stage thread each. Quantised weights join here as further classes.
+Used by one stage thread each.
 
-Shapes: T tokens, I inputs, O outputs.
+Shapes: T tokens, I inputs, O outputs, V vocabulary, D model dim.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeserve.kernels.backend import Backend
+from pipeserve.kernels.quant_layout import PlanarWeight
+
 _PACK_FOR_ROWS = 8
 """Rows that oneDNN's blocked layout is chosen for. Measured with AVX-512 on 960 to 49152 outputs:
 the one for 8 does as well as any for 1 to 256 rows; the one for 1 is up to 1.7 times slower."""
+
+Matrix = Tensor | PlanarWeight
+"""[O, I]: floats in the backend's type, or quantised."""
 
 
 class Linear(Protocol):
@@ -48,9 +56,85 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, self._bias_O, "none", [], "")
 
 
-def make_linear(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
-    """The fastest way to hold this matrix where it lies."""
-    is_packable = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
+class QuantLinear:
+    """A matrix that stays quantised."""
+
+    def __init__(self, weight: PlanarWeight, bias_O: Tensor | None, backend: Backend) -> None:
+        self._weight = weight
+        self._bias_O = bias_O
+        self._backend = backend
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return self._backend.quant_linear(x_TI, self._weight, self._bias_O)
+
+
+class StackedLinear:
+    """Rows that are held in different ways, such as q and k in Q4_K and v in Q6_K."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = parts
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return torch.cat([part(x_TI) for part in self._parts], dim=-1)
+
+
+def make_linear(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Linear:
+    """The fastest way to use this matrix where it lies."""
+    bias_O = None if bias_O is None else bias_O.to(backend.dtype)
+    if isinstance(matrix, PlanarWeight):
+        return QuantLinear(matrix, bias_O, backend)
+    is_packable = matrix.device.type == "cpu" and matrix.dtype == torch.float32
     if is_packable and torch.backends.mkldnn.is_available():
-        return PackedLinear(weight_OI, bias_O)
-    return DenseLinear(weight_OI, bias_O)
+        return PackedLinear(matrix, bias_O)
+    return DenseLinear(matrix, bias_O)
+
+
+class Embedding(Protocol):
+    """Token ids to their vectors."""
+
+    def __call__(self, token_ids_T: Tensor) -> Tensor:
+        """[T] -> [T, D]."""
+        ...
+
+
+class DenseEmbedding:
+    """The vectors as torch stores them."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._weight_VD = weight_VD
+
+    def __call__(self, token_ids_T: Tensor) -> Tensor:
+        return functional.embedding(token_ids_T, self._weight_VD)
+
+
+class QuantEmbedding:
+    """Vectors that stay quantised until they are looked up."""
+
+    def __init__(self, weight: PlanarWeight, backend: Backend) -> None:
+        self._weight = weight
+        self._backend = backend
+
+    def __call__(self, token_ids_T: Tensor) -> Tensor:
+        return self._backend.dequantise(_select_rows(self._weight, token_ids_T))
+
+
+def make_embedding(matrix: Matrix, backend: Backend) -> Embedding:
+    """The embedding for a matrix [V, D] as it is held."""
+    if isinstance(matrix, PlanarWeight):
+        return QuantEmbedding(matrix, backend)
+    return DenseEmbedding(matrix)
+
+
+def _select_rows(weight: PlanarWeight, rows_T: Tensor) -> PlanarWeight:
+    def select(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.index_select(0, rows_T)
+
+    return dataclasses.replace(
+        weight,
+        num_rows=len(rows_T),
+        low=weight.low.index_select(0, rows_T),
+        high=select(weight.high),
+        scales=weight.scales.index_select(0, rows_T),
+        mins=select(weight.mins),
+        supers=select(weight.supers),
+    )

@@ -5,6 +5,7 @@ Shapes: D model dim, N query heads, K kv heads, H head dim, F feed-forward dim, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,8 @@ from pipeserve.errors import UnsupportedModelError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.models.config import ModelConfig, read_config
 from pipeserve.models.layers import Decoder, DecoderLayer, Head
-from pipeserve.models.linear import Linear, make_linear
-from pipeserve.models.loader import LayerRange, WeightReader
+from pipeserve.models.linear import Linear, Matrix, make_embedding, make_linear
+from pipeserve.models.loader import LayerRange, Rows, WeightReader, fuse, make_matrix
 from pipeserve.models.rotary import rotary_frequencies
 
 Shapes = dict[str, tuple[int, ...]]
@@ -52,13 +53,16 @@ def optional_tensors(config: ModelConfig) -> Shapes:
 
 def load_llama(config: ModelConfig, layers: LayerRange, weights: WeightReader) -> Decoder:
     """Load one stage's share; errors as WeightReader.tensor."""
-    embedding_VD = weights.tensor("token_embd.weight") if layers.is_first else None
+    embedding = make_matrix(weights.rows("token_embd.weight")) if layers.is_first else None
     return Decoder(
         config=config,
-        embedding_VD=embedding_VD,
+        backend=weights.backend,
+        embedding=None if embedding is None else make_embedding(embedding, weights.backend),
         layers=[_load_layer(config, index, weights) for index in range(layers.first, layers.end)],
-        head=_load_head(config, weights, embedding_VD) if layers.is_last else None,
-        rotary_frequencies=rotary_frequencies(config, weights.optional("rope_freqs.weight")),
+        head=_load_head(config, weights, embedding) if layers.is_last else None,
+        rotary_frequencies=rotary_frequencies(config, weights.optional("rope_freqs.weight")).to(
+            weights.device
+        ),
     )
 
 
@@ -106,11 +110,12 @@ def _load_layer(config: ModelConfig, index: int, weights: WeightReader) -> Decod
 def _load_qkv(config: ModelConfig, prefix: str, weights: WeightReader) -> Linear:
     parts, biases = _load_rows(weights, [f"{prefix}attn_{part}.weight" for part in "qkv"])
     for index, num_heads in enumerate((config.num_heads, config.num_kv_heads)):
-        parts[index] = halves_from_pairs(parts[index], num_heads, config.rope_dim)
+        values = halves_from_pairs(parts[index].values, num_heads, config.rope_dim)
+        parts[index] = dataclasses.replace(parts[index], values=values)
         bias = biases[index]
         if bias is not None:
             biases[index] = halves_from_pairs(bias, num_heads, config.rope_dim)
-    return _fuse(parts, biases)
+    return fuse(parts, biases, weights.backend)
 
 
 def halves_from_pairs(rows: Tensor, num_heads: int, rope_dim: int) -> Tensor:
@@ -118,7 +123,7 @@ def halves_from_pairs(rows: Tensor, num_heads: int, rope_dim: int) -> Tensor:
 
     GGUF's converter interleaves them (LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py);
     the rotary kernel takes entry i and entry i + R / 2, as all other families store them. Only
-    whole rows move, so quantised blocks could move alike.
+    whole rows move, so quantised blocks move alike.
     """
     heads = rows.view(num_heads, -1, *rows.shape[1:])
     pairs = heads[:, :rope_dim].unflatten(1, (rope_dim // 2, 2))
@@ -127,35 +132,24 @@ def halves_from_pairs(rows: Tensor, num_heads: int, rope_dim: int) -> Tensor:
 
 
 def _load_linear(weights: WeightReader, *names: str) -> Linear:
-    return _fuse(*_load_rows(weights, names))
+    return fuse(*_load_rows(weights, names), weights.backend)
 
 
 def _load_rows(
     weights: WeightReader, names: Sequence[str]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    parts = [weights.tensor(name) for name in names]
+) -> tuple[list[Rows], list[Tensor | None]]:
+    parts = [weights.rows(name) for name in names]
     return parts, [weights.optional(_bias_name(name)) for name in names]
 
 
-def _fuse(parts: list[Tensor], biases: list[Tensor | None]) -> Linear:
-    """One matrix of all rows. A part without a bias gets zeros where another part has one."""
-    if all(bias is None for bias in biases):
-        return make_linear(torch.cat(parts), None)
-    filled = [
-        part.new_zeros(part.shape[0]) if bias is None else bias
-        for part, bias in zip(parts, biases, strict=True)
-    ]
-    return make_linear(torch.cat(parts), torch.cat(filled))
-
-
-def _load_head(config: ModelConfig, weights: WeightReader, embedding_VD: Tensor | None) -> Head:
+def _load_head(config: ModelConfig, weights: WeightReader, embedding: Matrix | None) -> Head:
     if not config.has_tied_head:
-        output_VD = weights.tensor("output.weight")
-    elif embedding_VD is not None:
-        output_VD = embedding_VD
+        output = make_matrix(weights.rows("output.weight"))
+    elif embedding is not None:
+        output = embedding
     else:
-        output_VD = weights.tensor("token_embd.weight")
+        output = make_matrix(weights.rows("token_embd.weight"))
     return Head(
         norm_D=weights.tensor("output_norm.weight"),
-        output=make_linear(output_VD, weights.optional("output.bias")),
+        output=make_linear(output, weights.optional("output.bias"), weights.backend),
     )

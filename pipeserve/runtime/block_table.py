@@ -35,6 +35,10 @@ class BlockTable:
         num_columns = -(-max_length // self._block_size)
         return self._table_RB[:, :num_columns].index_select(0, rows_S)
 
+    def whole_rows(self, rows_S: Tensor) -> Tensor:
+        """[S, B] with all columns: a shape that no length changes."""
+        return self._table_RB.index_select(0, rows_S)
+
     def slots(self, rows_T: Tensor, positions_T: Tensor) -> Tensor:
         """Cache slot of every token, from its row and its position in the sequence."""
         blocks_T = self._table_RB[rows_T, positions_T // self._block_size]

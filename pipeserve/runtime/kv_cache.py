@@ -18,6 +18,31 @@ from pipeserve.models.layers import LayerCache
 DEFAULT_CPU_BYTES = 1024**3
 """KV cache of a CPU stage where kv_cache_bytes is left out."""
 
+GPU_MARGIN_BYTES = 2 * 1024**3
+"""What a GPU keeps free for activations, workspaces and the driver."""
+
+
+def default_bytes(device: torch.device, *, weight_bytes: int, num_sharing: int) -> int:
+    """KV cache of one stage where kv_cache_bytes is left out.
+
+    On a GPU: what is free now, less this and its num_sharing stages' weights and a margin, shared
+    evenly. weight_bytes: of one stage.
+
+    Raises:
+        ConfigError: the weights leave no room.
+    """
+    if device.type == "cpu":
+        return DEFAULT_CPU_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    room = free // num_sharing - weight_bytes - GPU_MARGIN_BYTES // num_sharing
+    if room <= 0:
+        raise ConfigError(
+            f"{device} has {free} of {total} bytes free; a stage's weights take {weight_bytes} and "
+            f"{GPU_MARGIN_BYTES} stay free as a margin: no room is left for the KV cache. Take "
+            "more devices or a smaller quantisation"
+        )
+    return room
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
@@ -63,9 +88,10 @@ def allocate(
     num_layers: int,
     num_blocks: int,
     block_size: int,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[LayerCache, ...]:
-    """Zeroed caches [B, P, K, H] float32, one pair per layer.
+    """Zeroed caches [B, P, K, H], one pair per layer.
 
     Zeroed, because masked attention still multiplies what it hides by 0.
     """
@@ -74,7 +100,7 @@ def allocate(
     def zeros() -> torch.Tensor:
         if device.type == "cpu":
             # numpy's zeros take memory only once they are written to, torch's at once.
-            return torch.from_numpy(np.zeros(shape, dtype=np.float32))
-        return torch.zeros(shape, dtype=torch.float32, device=device)
+            return torch.from_numpy(np.zeros(shape, dtype=np.float32)).to(dtype)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     return tuple(LayerCache(k_BPKH=zeros(), v_BPKH=zeros()) for _ in range(num_layers))

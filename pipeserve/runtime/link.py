@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeserve.core.batch import MicroBatch
+from pipeserve.runtime.step_clock import BusySeconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -20,8 +21,8 @@ class Handoff:
     batch: MicroBatch
     hidden_TD: Tensor | None
     """The previous stage's output; None before the first stage."""
-    busy_s: tuple[float, ...]
-    """Seconds that each stage so far worked on the step."""
+    busy: tuple[BusySeconds, ...]
+    """What each stage so far knows of its time on the step."""
 
 
 class Link:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from pipeserve.gguf.reader import GGUFFile
+from pipeserve.kernels.backend import backend_for
 from pipeserve.models.config import ModelConfig
 from pipeserve.models.layers import Decoder
 from pipeserve.models.loader import LayerRange, WeightReader
@@ -39,7 +40,13 @@ def load_decoders(
     progress = _Progress(gguf_file, _tensor_names(family, model), on_progress)
 
     def load(layers: LayerRange, device: torch.device) -> Decoder:
-        weights = WeightReader(gguf_file, device=device, on_read=progress.add)
+        weights = WeightReader(
+            gguf_file,
+            device=device,
+            backend=backend_for(device),
+            keeps_quantised=device.type != "cpu",
+            on_read=progress.add,
+        )
         return family.load(model, layers, weights)
 
     num_workers = min(len(ranges), os.cpu_count() or 1)

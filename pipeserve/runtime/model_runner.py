@@ -23,6 +23,7 @@ from pipeserve.models.layers import (
     PrefillMetadata,
 )
 from pipeserve.runtime.block_table import BlockTable
+from pipeserve.runtime.cuda_graphs import DecodeGraphs
 from pipeserve.runtime.devices import int_tensor
 from pipeserve.runtime.sampler import Sampler
 from pipeserve.runtime.token_pool import TokenPool
@@ -30,10 +31,22 @@ from pipeserve.runtime.token_pool import TokenPool
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sampled:
-    """What the last stage made of a step: a token for every row with samples_S."""
+    """What the last stage made of a step: a token for every row with samples_S.
 
-    token_ids: IntArray
+    Of a GPU the ids are on their way to the host: reading them waits, so not on a stage's thread.
+    """
+
+    ids_S: Tensor
+    """int32 on the host."""
+    arrived: torch.cuda.Event | None
+    """Recorded behind the copy to ids_S; None where that is done."""
     logprobs: StepLogprobs | None
+
+    def token_ids(self) -> IntArray:
+        """Wait for the ids."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.ids_S.numpy()
 
 
 class ModelRunner:
@@ -47,6 +60,7 @@ class ModelRunner:
         block_table: BlockTable,
         token_pool: TokenPool,
         sampler: Sampler | None,
+        graphs: DecodeGraphs | None,
         device: torch.device,
     ) -> None:
         self._decoder = decoder
@@ -54,6 +68,7 @@ class ModelRunner:
         self._block_table = block_table
         self._token_pool = token_pool
         self._sampler = sampler
+        self._graphs = graphs
         self._device = device
 
     def run(self, batch: MicroBatch, hidden_TD: Tensor | None) -> Tensor | Sampled:
@@ -62,32 +77,46 @@ class ModelRunner:
         On the first stage the tokens of needs_step must be in the token pool.
         """
         self._block_table.apply(batch)
+        if self._can_replay(batch):
+            assert self._graphs is not None
+            out = self._graphs.replay(batch, hidden_TD)
+            return out if self._sampler is None else self._sample(self._sampler, batch, out)
         metadata = self._attention_metadata(batch)
         x_TD = self._embed(batch) if hidden_TD is None else hidden_TD.to(self._device)
         x_TD = self._decoder.forward(x_TD, self._caches, metadata)
         if self._sampler is None:
             return x_TD
-        return self._sample(self._sampler, batch, x_TD)
+        return self._sample(self._sampler, batch, self._logits(batch, x_TD))
+
+    def _can_replay(self, batch: MicroBatch) -> bool:
+        is_decode_only = batch.num_decode_rows == batch.num_rows
+        return (
+            self._graphs is not None and is_decode_only and batch.num_rows <= self._graphs.num_rows
+        )
 
     def _embed(self, batch: MicroBatch) -> Tensor:
         decode_rows = self._tensor(batch.rows_S[: batch.num_decode_rows])
         prefill_ids = self._tensor(batch.prefill_token_ids)
         return self._decoder.embed(torch.cat((self._token_pool.read(decode_rows), prefill_ids)))
 
-    def _sample(self, sampler: Sampler, batch: MicroBatch, x_TD: Tensor) -> Sampled:
+    def _logits(self, batch: MicroBatch, x_TD: Tensor) -> Tensor:
+        """[S, V] after the last token of every row that samples."""
+        last_tokens_S = np.cumsum(batch.num_tokens_S)[batch.samples_S] - 1
+        if len(last_tokens_S) == 0:
+            return x_TD.new_empty((0, self._decoder.config.vocab_size))
+        return self._decoder.logits(x_TD[self._tensor(last_tokens_S)])
+
+    def _sample(self, sampler: Sampler, batch: MicroBatch, logits_SV: Tensor) -> Sampled:
         for start in batch.starts:
             sampler.start(start)
-        chosen = batch.samples_S
-        rows_S = batch.rows_S[chosen]
+        rows_S = batch.rows_S[batch.samples_S]
         if len(rows_S) == 0:
             self._token_pool.publish(batch.step_id, self._tensor(rows_S), self._tensor(rows_S))
-            return Sampled(token_ids=np.empty(0, dtype=np.int32), logprobs=None)
-        last_tokens_S = np.cumsum(batch.num_tokens_S)[chosen] - 1
-        logits_SV = self._decoder.logits(x_TD[self._tensor(last_tokens_S)])
-        positions_S = (batch.first_positions_S + batch.num_tokens_S)[chosen]
+            return Sampled(ids_S=torch.empty(0, dtype=torch.int32), arrived=None, logprobs=None)
+        positions_S = (batch.first_positions_S + batch.num_tokens_S)[batch.samples_S]
         ids_S, logprobs = sampler.sample(logits_SV, rows_S, positions_S)
         self._token_pool.publish(batch.step_id, self._tensor(rows_S), ids_S)
-        return Sampled(token_ids=ids_S.to("cpu", torch.int32).numpy(), logprobs=logprobs)
+        return _to_host(ids_S, logprobs)
 
     def _attention_metadata(self, batch: MicroBatch) -> AttentionMetadata:
         num_decode, num_tokens_S = batch.num_decode_rows, batch.num_tokens_S
@@ -122,3 +151,14 @@ class ModelRunner:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return int_tensor(array, self._device)
+
+
+def _to_host(ids_S: Tensor, logprobs: StepLogprobs | None) -> Sampled:
+    ids_S = ids_S.to(torch.int32)
+    if ids_S.device.type == "cpu":
+        return Sampled(ids_S=ids_S, arrived=None, logprobs=logprobs)
+    pinned_S = torch.empty(ids_S.shape, dtype=torch.int32, pin_memory=True)
+    pinned_S.copy_(ids_S, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return Sampled(ids_S=pinned_S, arrived=arrived, logprobs=logprobs)

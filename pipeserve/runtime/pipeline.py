@@ -15,18 +15,21 @@ from pipeserve.config import Config
 from pipeserve.core.batch import MicroBatch, PipelineFacts
 from pipeserve.errors import ConfigError
 from pipeserve.gguf.reader import GGUFFile
+from pipeserve.kernels.backend import backend_for
 from pipeserve.models.config import ModelConfig
 from pipeserve.models.layers import Decoder
 from pipeserve.models.loader import LayerRange
 from pipeserve.models.registry import check_model
 from pipeserve.runtime import kv_cache, partition
 from pipeserve.runtime.block_table import BlockTable
+from pipeserve.runtime.collector import Collector, Post
+from pipeserve.runtime.cuda_graphs import DecodeGraphs
 from pipeserve.runtime.devices import resolve_devices
 from pipeserve.runtime.link import Handoff, Link
 from pipeserve.runtime.loading import OnProgress, load_decoders
 from pipeserve.runtime.model_runner import ModelRunner
 from pipeserve.runtime.sampler import Sampler
-from pipeserve.runtime.stage import Post, Runner, Stage
+from pipeserve.runtime.stage import Runner, Stage
 from pipeserve.runtime.token_pool import TokenPool
 
 
@@ -47,6 +50,8 @@ class Pipeline:
         self.facts = facts
         self._token_pool = token_pool
         self._links = [Link() for _ in runners]
+        last = len(runners) - 1
+        self._collector = Collector(stage=last, post=post) if devices[last].type == "cuda" else None
         self._stages = [
             Stage(
                 index=index,
@@ -55,14 +60,18 @@ class Pipeline:
                 runner=runner,
                 token_pool=token_pool,
                 inlet=self._links[index],
-                outlet=self._links[index + 1] if index + 1 < len(runners) else None,
+                outlet=self._links[index + 1] if index < last else None,
+                collector=self._collector if index == last else None,
                 post=post,
                 on_failure=self._end_stages,
             )
             for index, (runner, device) in enumerate(zip(runners, devices, strict=True))
         ]
-        for stage in self._stages:
-            stage.thread.start()
+        self._threads = [stage.thread for stage in self._stages]
+        if self._collector is not None:
+            self._threads.append(self._collector.thread)
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     def start(
@@ -83,7 +92,9 @@ class Pipeline:
             ModelError: the file cannot be served.
             ConfigError: options do not fit the model or this machine.
         """
-        plan = plan_pipeline(check_model(gguf_file), config, devices)
+        plan = plan_pipeline(
+            check_model(gguf_file), config, devices, file_bytes=gguf_file.file_size
+        )
         decoders = load_decoders(
             gguf_file, plan.model, plan.ranges, devices=plan.devices, on_progress=on_progress
         )
@@ -102,15 +113,15 @@ class Pipeline:
 
     def submit(self, batch: MicroBatch) -> None:
         """Queue a micro-batch at the first stage; returns at once."""
-        self._links[0].send(Handoff(batch=batch, hidden_TD=None, busy_s=()))
+        self._links[0].send(Handoff(batch=batch, hidden_TD=None, busy=()))
 
     def close(self, timeout_s: float) -> bool:
         """End the stages, each after its current step. True if all threads ended in time."""
         self._end_stages()
         deadline_s = time.monotonic() + timeout_s
-        for stage in self._stages:
-            stage.thread.join(max(0.0, deadline_s - time.monotonic()))
-        return not any(stage.thread.is_alive() for stage in self._stages)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def describe_stall(self) -> str:
         """Which stage is busy with which step, and for how long; for an error message."""
@@ -129,6 +140,8 @@ class Pipeline:
         for link in self._links:
             link.close()
         self._token_pool.close()
+        if self._collector is not None:
+            self._collector.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,15 +154,19 @@ class PipelinePlan:
     facts: PipelineFacts
 
 
-def plan_pipeline(model: ModelConfig, config: Config, devices: Sequence[str]) -> PipelinePlan:
+def plan_pipeline(
+    model: ModelConfig, config: Config, devices: Sequence[str], *, file_bytes: int
+) -> PipelinePlan:
     """Choose each stage's layers and the size of the KV caches.
+
+    file_bytes: size of the model file, about what its weights take on GPUs.
 
     Raises:
         ConfigError: options do not fit the model or this machine.
     """
     targets = resolve_devices(devices, num_layers=model.num_layers)
     split = _choose_split(model, config, num_stages=len(targets))
-    num_blocks, context_length = _size_cache(model, config, most_layers=max(split))
+    num_blocks, context_length = _size_cache(model, config, targets, split, file_bytes=file_bytes)
     return PipelinePlan(
         model=model,
         devices=targets,
@@ -180,7 +197,14 @@ def _choose_split(model: ModelConfig, config: Config, *, num_stages: int) -> tup
     )
 
 
-def _size_cache(model: ModelConfig, config: Config, *, most_layers: int) -> tuple[int, int]:
+def _size_cache(
+    model: ModelConfig,
+    config: Config,
+    devices: Sequence[torch.device],
+    split: Sequence[int],
+    *,
+    file_bytes: int,
+) -> tuple[int, int]:
     """Blocks that fit every stage, and the context that a sequence may have in them."""
     wanted = config.context_length or model.context_length
     if wanted > model.context_length:
@@ -191,11 +215,20 @@ def _size_cache(model: ModelConfig, config: Config, *, most_layers: int) -> tupl
     shape = kv_cache.KVShape(
         num_rows=config.max_num_seqs, context_length=wanted, block_size=config.block_size
     )
-    num_blocks = kv_cache.count_blocks(
-        shape,
-        bytes_per_block=most_layers * kv_cache.block_bytes(model, config.block_size, torch.float32),
-        kv_cache_bytes=config.kv_cache_bytes or kv_cache.DEFAULT_CPU_BYTES,
-    )
+    num_blocks = shape.most_blocks
+    for device, num_layers in zip(devices, split, strict=True):
+        dtype = backend_for(device).dtype
+        num_bytes = config.kv_cache_bytes or kv_cache.default_bytes(
+            device,
+            weight_bytes=file_bytes * (num_layers + 2) // model.num_layers,
+            num_sharing=list(devices).count(device),
+        )
+        stage_blocks = kv_cache.count_blocks(
+            shape,
+            bytes_per_block=num_layers * kv_cache.block_bytes(model, config.block_size, dtype),
+            kv_cache_bytes=num_bytes,
+        )
+        num_blocks = min(num_blocks, stage_blocks)
     capacity = num_blocks * config.block_size
     if config.context_length is not None and capacity < config.context_length:
         raise ConfigError(
@@ -208,24 +241,38 @@ def _size_cache(model: ModelConfig, config: Config, *, most_layers: int) -> tupl
 def _make_runner(
     facts: PipelineFacts, decoder: Decoder, device: torch.device, token_pool: TokenPool
 ) -> ModelRunner:
+    caches = kv_cache.allocate(
+        decoder.config,
+        num_layers=len(decoder.layers),
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+        dtype=decoder.backend.dtype,
+        device=device,
+    )
+    block_table = BlockTable(
+        num_rows=facts.num_rows,
+        blocks_per_row=-(-facts.context_length // facts.block_size),
+        block_size=facts.block_size,
+        device=device,
+    )
+    graphs = None
+    if device.type == "cuda":
+        graphs = DecodeGraphs(
+            decoder=decoder,
+            caches=caches,
+            block_table=block_table,
+            token_pool=token_pool,
+            num_rows=facts.num_rows,
+            device=device,
+        )
     return ModelRunner(
         decoder=decoder,
-        caches=kv_cache.allocate(
-            decoder.config,
-            num_layers=len(decoder.layers),
-            num_blocks=facts.num_blocks,
-            block_size=facts.block_size,
-            device=device,
-        ),
-        block_table=BlockTable(
-            num_rows=facts.num_rows,
-            blocks_per_row=-(-facts.context_length // facts.block_size),
-            block_size=facts.block_size,
-            device=device,
-        ),
+        caches=caches,
+        block_table=block_table,
         token_pool=token_pool,
         sampler=Sampler(num_rows=facts.num_rows, vocab_size=facts.vocab_size, device=device)
         if decoder.head is not None
         else None,
+        graphs=graphs,
         device=device,
     )

@@ -8,17 +8,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from pipeserve.core.batch import MicroBatch, StageFailure, StepOutput
+from pipeserve.core.batch import MicroBatch, StageFailure
+from pipeserve.runtime.collector import Collector, Post, make_output
 from pipeserve.runtime.link import Handoff, Link
 from pipeserve.runtime.model_runner import Sampled
+from pipeserve.runtime.step_clock import start_clock
 from pipeserve.runtime.token_pool import TokenPool
-
-Post = Callable[[StepOutput | StageFailure], None]
 
 
 class Runner(Protocol):
@@ -39,7 +39,8 @@ class Activity:
 
 
 class Stage:
-    """Takes micro-batches from `inlet`, passes them to `outlet`; the last stage posts instead."""
+    """Takes micro-batches from `inlet`, passes them to `outlet`; the last stage posts instead, or
+    leaves that to `collector`."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Stage:
         token_pool: TokenPool,
         inlet: Link,
         outlet: Link | None,
+        collector: Collector | None,
         post: Post,
         on_failure: Callable[[], None],
     ) -> None:
@@ -61,6 +63,7 @@ class Stage:
         self._token_pool = token_pool
         self._inlet = inlet
         self._outlet = outlet
+        self._collector = collector
         self._post = post
         self._on_failure = on_failure
         self._activity: Activity | None = None
@@ -78,6 +81,8 @@ class Stage:
         torch.set_num_threads(self._num_threads)
         torch.get_num_threads()
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # of this thread: kernels are launched on it
             with torch.inference_mode():
                 self._work()
         except Exception as error:
@@ -88,11 +93,11 @@ class Stage:
         while (handoff := self._inlet.receive()) is not None:
             if not self._await_tokens(handoff.batch):
                 return
-            started_s = time.monotonic()
-            self._activity = Activity(step_id=handoff.batch.step_id, since_s=started_s)
+            self._activity = Activity(step_id=handoff.batch.step_id, since_s=time.monotonic())
+            stop_clock = start_clock(self.device)
             result = self._runner.run(handoff.batch, handoff.hidden_TD)
             self._activity = None
-            self._pass_on(handoff, result, busy_s=time.monotonic() - started_s)
+            self._pass_on(replace(handoff, busy=(*handoff.busy, stop_clock())), result)
 
     def _await_tokens(self, batch: MicroBatch) -> bool:
         """On the first stage: wait for the ids that decode rows read. False if closed meanwhile."""
@@ -100,17 +105,11 @@ class Stage:
             return True
         return self._token_pool.wait_for(batch.needs_step)
 
-    def _pass_on(self, handoff: Handoff, result: torch.Tensor | Sampled, *, busy_s: float) -> None:
-        all_busy_s = (*handoff.busy_s, busy_s)
-        if isinstance(result, Sampled):
-            self._post(
-                StepOutput(
-                    step_id=handoff.batch.step_id,
-                    token_ids=result.token_ids,
-                    logprobs=result.logprobs,
-                    stage_busy_s=all_busy_s,
-                )
-            )
-            return
-        assert self._outlet is not None, "only the last stage samples"
-        self._outlet.send(Handoff(batch=handoff.batch, hidden_TD=result, busy_s=all_busy_s))
+    def _pass_on(self, handoff: Handoff, result: torch.Tensor | Sampled) -> None:
+        if not isinstance(result, Sampled):
+            assert self._outlet is not None, "only the last stage samples"
+            self._outlet.send(replace(handoff, hidden_TD=result))
+        elif self._collector is not None:
+            self._collector.add(handoff, result)
+        else:
+            self._post(make_output(handoff, result))

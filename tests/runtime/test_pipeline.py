@@ -15,7 +15,9 @@ from pipeserve.core.batch import MicroBatch, PipelineFacts, RowStart, StageFailu
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.gguf.reader import GGUFFile
+from pipeserve.kernels.backend import REFERENCE
 from pipeserve.models.registry import check_model
+from pipeserve.runtime.devices import resolve_devices
 from pipeserve.runtime.model_runner import Sampled
 from pipeserve.runtime.pipeline import Pipeline, plan_pipeline
 from pipeserve.runtime.token_pool import TokenPool
@@ -147,7 +149,7 @@ def test_every_stage_reports_its_busy_time(tiny_path: Path) -> None:
 def plan(tiny_path: Path, devices: tuple[str, ...] = ("cpu",), **options: object) -> PipelineFacts:
     with GGUFFile.open(tiny_path) as file:
         config = Config(**options)  # type: ignore[arg-type]
-        return plan_pipeline(check_model(file), config, devices).facts
+        return plan_pipeline(check_model(file), config, devices, file_bytes=file.file_size).facts
 
 
 BLOCK_BYTES = 2 * 16 * 2 * 8 * 4  # keys and values, 16 tokens, 2 heads of 8, float32
@@ -206,13 +208,11 @@ def test_options_that_do_not_fit_are_refused(
     assert words in str(caught.value)
 
 
-def test_auto_never_takes_more_stages_than_layers(
-    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_never_takes_more_stages_than_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert plan(tiny_path, ("auto",)).num_stages == 2
+    assert [device.type for device in resolve_devices(("auto",), num_layers=3)] == ["cpu", "cpu"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert plan(tiny_path, ("auto",)).num_stages == 3
+    assert [device.index for device in resolve_devices(("auto",), num_layers=3)] == [0, 1, 2]
 
 
 def test_progress_ends_at_all_bytes_of_the_tensors(tiny_path: Path) -> None:
@@ -239,12 +239,18 @@ def test_a_stage_touches_its_own_tensors_only(
 
     read: list[str] = []
     with GGUFFile.open(tiny_path) as file:
-        weights = WeightReader(file, device=torch.device("cpu"), on_read=read.append)
+        weights = WeightReader(
+            file,
+            device=torch.device("cpu"),
+            backend=REFERENCE,
+            keeps_quantised=False,
+            on_read=read.append,
+        )
         middle = LayerRange(first=1, end=2, num_layers=3)
         decoder = find_family(file).load(check_model(file), middle, weights)
     assert {name.split(".")[1] for name in read} == {"1"}
     assert len(read) == len(set(read)) == 9
-    assert decoder.embedding_VD is None and decoder.head is None
+    assert decoder.embedding is None and decoder.head is None
 
 
 # --- stages that fail
@@ -268,7 +274,9 @@ class FakeRunner:
             return torch.zeros(batch.num_tokens, 1)
         rows = torch.from_numpy(batch.rows_S).long()
         self.token_pool.publish(batch.step_id, rows, torch.zeros_like(rows))
-        return Sampled(token_ids=np.zeros(batch.num_rows, dtype=np.int32), logprobs=None)
+        return Sampled(
+            ids_S=torch.zeros(batch.num_rows, dtype=torch.int32), arrived=None, logprobs=None
+        )
 
 
 class RaisingRunner(FakeRunner):

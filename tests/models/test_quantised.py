@@ -1,0 +1,153 @@
+"""Weights that stay quantised: the same logits as from the dequantised ones, on CPU and GPU."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from pipeserve.gguf.reader import GGUFFile
+from pipeserve.kernels.backend import Backend, backend_for
+from pipeserve.kernels.quant_layout import LAYOUTS
+from pipeserve.models.layers import (
+    AttentionMetadata,
+    DecodeMetadata,
+    Decoder,
+    LayerCache,
+    PrefillMetadata,
+)
+from pipeserve.models.loader import LayerRange, WeightReader
+from pipeserve.models.registry import check_model, find_family
+from tests.models import tiny
+
+CPU = torch.device("cpu")
+NUM_TOKENS = 20
+PAGE = 16
+
+
+def write_mixed(path: Path, kind: GGMLQuantizationType, *, tied: bool) -> Path:
+    """Every matrix in one type but attn_v, as in files of mixed types."""
+    config = tiny.llama_config(
+        num_hidden_layers=2,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.05,
+    )
+    rng = np.random.default_rng(1)
+    writer = GGUFWriter(path, "llama")
+    tiny.write_metadata(writer, config)
+    for name, values in tiny.gguf_tensors(tiny.random_llama(config)).items():
+        if values.ndim == 1:
+            writer.add_tensor(name, values)
+        else:
+            used = GGMLQuantizationType.Q8_0 if "attn_v" in name else kind
+            writer.add_tensor(name, tiny.random_blocks(values.shape, used, rng), raw_dtype=used)
+    return tiny.finish(writer, path)
+
+
+def load(path: Path, device: torch.device, backend: Backend, *, keeps_quantised: bool) -> Decoder:
+    with GGUFFile.open(path) as file:
+        config = check_model(file)
+        weights = WeightReader(
+            file,
+            device=device,
+            backend=backend,
+            keeps_quantised=keeps_quantised,
+            on_read=lambda name: None,
+        )
+        layers = LayerRange(first=0, end=config.num_layers, num_layers=config.num_layers)
+        return find_family(file).load(config, layers, weights)
+
+
+def run(decoder: Decoder, device: torch.device, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
+    """Logits of a prefill of all tokens but one, then of a decode step: [T, V] float32."""
+    config = decoder.config
+    num_blocks = -(-num_tokens // PAGE)
+    shape = (num_blocks, PAGE, config.num_kv_heads, config.head_dim)
+
+    def zeros() -> torch.Tensor:
+        return torch.zeros(shape, dtype=decoder.backend.dtype, device=device)
+
+    caches = [LayerCache(k_BPKH=zeros(), v_BPKH=zeros()) for _ in decoder.layers]
+    ids = torch.arange(num_tokens, device=device) % config.vocab_size
+    table = torch.arange(num_blocks, device=device).unsqueeze(0)
+    first = num_tokens - 1
+    positions = torch.arange(first, device=device)
+    prefill = AttentionMetadata(
+        positions_T=positions,
+        slots_T=positions,
+        num_decode_rows=0,
+        decode=None,
+        prefill=PrefillMetadata(
+            block_table_SB=table,
+            first_positions_S=torch.zeros(1, dtype=torch.int64, device=device),
+            num_tokens_S=torch.full((1,), first, device=device),
+        ),
+    )
+    last = torch.full((1,), first, device=device)
+    decode = AttentionMetadata(
+        positions_T=last,
+        slots_T=last,
+        num_decode_rows=1,
+        decode=DecodeMetadata(block_table_SB=table, lengths_S=last + 1),
+        prefill=None,
+    )
+    with torch.inference_mode():
+        parts = [
+            decoder.logits(decoder.forward(decoder.embed(part), caches, metadata))
+            for part, metadata in ((ids[:-1], prefill), (ids[-1:], decode))
+        ]
+    return torch.cat(parts).cpu()
+
+
+def mean_kl(ours_TV: torch.Tensor, reference_TV: torch.Tensor) -> float:
+    """Mean divergence per token of our distribution from the reference's, in nats."""
+    ours, reference = ours_TV.double().log_softmax(-1), reference_TV.double().log_softmax(-1)
+    return float((reference.exp() * (reference - ours)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("type_name", LAYOUTS)
+def test_planar_weights_give_the_logits_of_the_dequantised_ones(
+    type_name: str, tied: bool, tmp_path: Path
+) -> None:
+    path = write_mixed(tmp_path / "m.gguf", GGMLQuantizationType[type_name], tied=tied)
+    planar, plain = (
+        run(load(path, CPU, backend_for(CPU), keeps_quantised=keeps), CPU)
+        for keeps in (True, False)
+    )
+    assert plain.std() > 0.1
+    torch.testing.assert_close(planar, plain, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("type_name", "num_tokens"),
+    [
+        *itertools.product([*LAYOUTS, "F16", "F32"], [6, 40]),
+        ("Q4_K", 2),
+        ("Q4_K", 250),
+        ("Q4_K", 400),
+    ],
+)
+def test_gpu_kernels_stay_close_to_float32(type_name: str, num_tokens: int, tmp_path: Path) -> None:
+    """Every matmul regime. The bound is that of int8 activations, which few rows use: a mean KL
+    of 5e-3 per token."""
+    path = write_mixed(tmp_path / "m.gguf", GGMLQuantizationType[type_name], tied=False)
+    cuda = torch.device("cuda", 0)
+    ours = run(load(path, cuda, backend_for(cuda), keeps_quantised=True), cuda, num_tokens)
+    plain = run(load(path, CPU, backend_for(CPU), keeps_quantised=False), CPU, num_tokens)
+    assert mean_kl(ours, plain) < 5e-3
+
+
+def test_the_gguf_package_knows_every_layout() -> None:
+    assert {GGMLQuantizationType[name] for name in LAYOUTS} <= set(gguf.quants._type_traits)
