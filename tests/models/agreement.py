@@ -40,7 +40,7 @@ def recorded_logits() -> Iterator[LogitRecord]:
         self: Sampler, logits_SV: Tensor, rows_S: IntArray, positions_S: IntArray
     ) -> tuple[Tensor, StepLogprobs | None]:
         for index, key in enumerate(zip(rows_S.tolist(), positions_S.tolist(), strict=True)):
-            record.rows[key] = logits_SV[index].numpy().copy()
+            record.rows[key] = logits_SV[index].cpu().numpy().copy()
         return sample(self, logits_SV, rows_S, positions_S)
 
     with pytest.MonkeyPatch.context() as patch:
