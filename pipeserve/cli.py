@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeserve import __version__
@@ -24,7 +24,7 @@ environment as PIPESERVE_<OPTION>. The command line goes before the environment,
 before the file. MODEL is one of
 
   demo                      SmolLM2-135M-Instruct, fetched at the first start (98 MB)
-  gemma3-270m               Gemma 3 270M, the base model (253 MB)
+  gemma3-270m               Gemma 3 270M, the base model (253 MB; fetched, not yet served)
   hf:owner/repo/file.gguf   a file on the Hugging Face hub
   path/to/model.gguf        a file here; of a sharded set (-00001-of-0000N.gguf) the first
 
@@ -32,6 +32,27 @@ examples:
   pipeserve serve
   pipeserve serve --model ~/models/llama-3-70b-q4_k_m.gguf --devices cuda:0,cuda:1
   pipeserve serve --config /etc/pipeserve/config.toml --port 9000"""
+
+BENCH_ENGINE_EPILOG = """\
+The synthetic file is kept in CACHE_DIR/synthetic and used again. Options that are left out are
+as for serve, but max_num_seqs and max_num_batched_tokens grow to the largest batch. Every run
+follows one of a few output tokens that is not measured. Shapes: llama-8b, llama-70b, llama-1b,
+smollm-135m, tiny. Recipes: q4_k_m, or one type for every matrix: q4_0, q8_0, q6_k, f16, ...
+
+examples:
+  pipeserve bench engine --shape llama-8b --batch 1,8,32 --prompt 512 --output 128
+  pipeserve bench engine --shape llama-8b --devices cuda:0,cuda:1 --clients 512 --json
+  pipeserve bench engine --model demo --devices cpu,cpu --batch 1,8"""
+
+BENCH_OPTIONS = ("shape", "recipe", "prompt", "output", "batch", "clients", "requests", "json")
+
+HTTP_OPTIONS = frozenset(
+    {
+        *("served_model_name", "max_queued_requests", "max_body_bytes", "text_timeout_s"),
+        *("host", "port", "drain_timeout_s", "log_level", "log_format"),
+    }
+)
+"""Fields of Config that mean nothing to a benchmark without the front half."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,15 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.set_defaults(run=run_serve)
-    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with options")
-    for name, field in Config.model_fields.items():
-        serve.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            default=argparse.SUPPRESS,
-            metavar=_metavar(name, field.annotation),
-            help=_help(name),
-        )
+    _add_options(serve, Config.model_fields)
     pull = commands.add_parser(
         "pull",
         help="fetch and verify a model without serving it",
@@ -79,11 +92,76 @@ def build_parser() -> argparse.ArgumentParser:
     pull.set_defaults(run=run_pull)
     pull.add_argument("model", metavar="MODEL", help="demo, gemma3-270m or hf:owner/repo/file.gguf")
     pull.add_argument("--cache-dir", dest="cache_dir", default=argparse.SUPPRESS, metavar="FOLDER")
+    bench = commands.add_parser("bench", help="measure this machine", description="Benchmarks.")
+    _add_bench_engine(bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True))
     return parser
 
 
+def _add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """The fields of Config of these names, and --config."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with options")
+    for name in names:
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar=_metavar(name, Config.model_fields[name].annotation),
+            help=_help(name),
+        )
+
+
+def _add_bench_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    engine = benchmarks.add_parser(
+        "engine",
+        help="scheduler and stages, without HTTP",
+        description="Measure decode, prefill and latencies without HTTP, tokenizer and templates.",
+        epilog=BENCH_ENGINE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    engine.set_defaults(run=run_bench_engine)
+    model = engine.add_mutually_exclusive_group(required=True)
+    model.add_argument("--shape", metavar="NAME", help="a synthetic model in this shape")
+    model.add_argument("--model", default=argparse.SUPPRESS, metavar="MODEL", help="as for serve")
+    add = engine.add_argument
+    add("--recipe", default="q4_k_m", metavar="NAME", help="its quantisation. Default: q4_k_m.")
+    add("--prompt", type=_count, default=512, metavar="N", help="prompt tokens. Default: 512.")
+    add("--output", type=_count, default=128, metavar="N", help="output tokens. Default: 128.")
+    load = engine.add_mutually_exclusive_group()
+    load.add_argument(
+        "--batch",
+        type=_counts,
+        default=(1,),
+        metavar="LIST",
+        help="sequences submitted at once, in one run for each number. Default: 1.",
+    )
+    load.add_argument(
+        "--clients", type=_count, metavar="N", help="that many clients in a closed loop instead"
+    )
+    add(
+        "--requests",
+        type=_count,
+        metavar="N",
+        help="of all clients together. Default: 4 for each client.",
+    )
+    add("--json", action="store_true", help="print JSON instead of a table")
+    _add_options(
+        engine, [name for name in Config.model_fields if name not in {"model", *HTTP_OPTIONS}]
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part.strip()) for part in text.split(","))
+
+
 def _explain_unknown(argument: str) -> str:
-    known = [f"--{name.replace('_', '-')}" for name in ("config", *Config.model_fields)]
+    names = ("config", *Config.model_fields, *BENCH_OPTIONS)
+    known = [f"--{name.replace('_', '-')}" for name in names]
     nearest = difflib.get_close_matches(argument.split("=")[0], known, n=1, cutoff=0.0)
     return f"unknown argument {argument!r}; the nearest known is {nearest[0]}"
 
@@ -121,4 +199,36 @@ def run_pull(parsed: argparse.Namespace) -> int:
     from pipeserve.hub import resolve_model
 
     print(resolve_model(parsed.model, cache_dir=config.cache_dir))
+    return 0
+
+
+def run_bench_engine(parsed: argparse.Namespace) -> int:
+    """The command `bench engine`."""
+    from pipeserve.bench.workload import make_workload, missing_options
+
+    workload = make_workload(
+        num_prompt_tokens=parsed.prompt,
+        num_output_tokens=parsed.output,
+        batches=parsed.batch,
+        num_clients=parsed.clients,
+        num_requests=parsed.requests,
+    )
+    options = {name: value for name, value in vars(parsed).items() if name in Config.model_fields}
+    config = load_config(overrides=options, config_file=parsed.config)
+    options |= missing_options(workload, config)
+    configure_logging(level="warning", log_format="auto")
+    from pipeserve.bench import engine, report  # load torch
+
+    if parsed.shape is not None:
+        from pipeserve.bench.shapes import find_shape
+        from pipeserve.bench.synthetic import provide_model
+
+        folder = config.cache_dir / "synthetic"
+        shape = find_shape(parsed.shape)
+        options["model"] = str(provide_model(parsed.shape, shape, parsed.recipe, folder=folder))
+    config = load_config(overrides=options, config_file=parsed.config)
+    result = engine.measure(
+        config, workload, on_run=lambda run: print(report.progress_line(run), file=sys.stderr)
+    )
+    print(report.as_json(result) if parsed.json else report.as_table(result))
     return 0

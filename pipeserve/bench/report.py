@@ -1,0 +1,98 @@
+"""Prints what was measured: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from pipeserve.bench.ceilings import Ceilings
+from pipeserve.bench.engine import Result
+from pipeserve.bench.figures import Figures
+
+LEGEND = """\
+decode    tokens/s of all sequences, from the first token of the last one to start to the end
+          (clients: while all clients are busy); full: only while all sequences decode
+prefill   prompt tokens/s until the last sequence has its first token; others decode meanwhile
+          (--output 1 measures prefill alone); total: prompt and output over the whole run
+TTFT      ms from submission to the first token; ITL: ms between two tokens; p50/p99 of all
+busy      share of the decode phase that each stage worked
+read      GB/s of weights and KV that full decode steps read, and the share of all cards' copy
+          speed (bytes read and written by a copy)
+compute   TFLOP/s of prefill, and the share of all cards' bf16 matrix rate"""
+
+_COLUMNS = ("seqs", "decode", "full", "prefill", "total", "TTFT", "ITL", "busy", "read", "compute")
+
+
+def as_json(result: Result) -> str:
+    """Every figure under its name in Figures, Ceilings and ModelCosts, and the shares."""
+    values = dataclasses.asdict(result)
+    for run, figures in zip(values["runs"], result.runs, strict=True):
+        run["copy_share"] = _share(figures.decode_bytes_per_s, result.copy_bytes_per_s)
+        run["matmul_share"] = _share(figures.prefill_flops_per_s, result.matmul_flops_per_s)
+    return json.dumps(values, indent=2)
+
+
+def as_table(result: Result) -> str:
+    """One line per run under a line per card, and what the columns mean."""
+    lines = [_COLUMNS, *(_cells(figures, result) for figures in result.runs)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
+    workload, facts = result.workload, result.facts
+    head = (
+        f"{result.model}, {result.model_bytes / 1e9:.2f} GB, on {', '.join(result.devices)}: "
+        f"{workload.num_prompt_tokens} prompt + {workload.num_output_tokens} output tokens, "
+        f"{facts.num_blocks * facts.block_size} KV tokens, "
+        f"{facts.max_batch_tokens} tokens per micro-batch"
+    )
+    return "\n".join((head, *map(_card_line, result.ceilings), "", *rows, "", LEGEND))
+
+
+def progress_line(figures: Figures) -> str:
+    """One finished run, while others are still to come."""
+    return (
+        f"{figures.num_concurrent} at once, {figures.duration_s:.1f} s: "
+        f"decode {_number(figures.decode_tokens_per_s)} tokens/s"
+    )
+
+
+def _card_line(ceilings: Ceilings) -> str:
+    return (
+        f"{ceilings.device}, {ceilings.name}: copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, "
+        f"bf16 matmul {ceilings.matmul_flops_per_s / 1e12:.0f} TFLOP/s"
+    )
+
+
+def _cells(figures: Figures, result: Result) -> tuple[str, ...]:
+    read, compute = figures.decode_bytes_per_s, figures.prefill_flops_per_s
+    return (
+        str(figures.num_concurrent),
+        _number(figures.decode_tokens_per_s),
+        _number(figures.full_batch_tokens_per_s),
+        _number(figures.prefill_tokens_per_s),
+        _number(figures.total_tokens_per_s),
+        f"{_number(figures.ttft_p50_ms)}/{_number(figures.ttft_p99_ms)}",
+        f"{_number(figures.itl_p50_ms)}/{_number(figures.itl_p99_ms)}",
+        "/".join(f"{busy:.0%}" for busy in figures.stage_busy),
+        _rate(read, 1e9, _share(read, result.copy_bytes_per_s)),
+        _rate(compute, 1e12, _share(compute, result.matmul_flops_per_s)),
+    )
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100.0 else f"{value:.1f}"
+
+
+def _rate(value: float | None, unit: float, share: float | None) -> str:
+    if value is None:
+        return "-"
+    shown = f"{value / unit:.3g}" if value / unit < 100.0 else f"{value / unit:.0f}"
+    return shown if share is None else f"{shown} {share:.0%}"
+
+
+def _share(value: float | None, ceiling: float | None) -> float | None:
+    return None if value is None or ceiling is None else value / ceiling

@@ -1,0 +1,99 @@
+"""Workloads of `pipeserve bench engine`: how many sequences of which lengths, submitted when.
+
+Values only; imports no torch, so that the command line can build them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeserve.config import Config
+from pipeserve.errors import ConfigError
+
+REQUESTS_PER_CLIENT = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A closed batch: all sequences are submitted at once, and the run ends with the last."""
+
+    num_sequences: int
+
+    @property
+    def num_concurrent(self) -> int:
+        return self.num_sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clients:
+    """A closed loop: each client submits its next sequence when its last one has ended."""
+
+    num_clients: int
+    num_sequences: int
+    """Of all clients together."""
+
+    @property
+    def num_concurrent(self) -> int:
+        return self.num_clients
+
+
+Load = Batch | Clients
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Runs that follow each other on one engine, all of the same lengths."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    """Of every sequence: no token ends one early."""
+    loads: tuple[Load, ...]
+
+    @property
+    def num_concurrent(self) -> int:
+        """Most sequences that run at once in any of the runs."""
+        return max(load.num_concurrent for load in self.loads)
+
+
+def make_workload(
+    *,
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    batches: tuple[int, ...],
+    num_clients: int | None,
+    num_requests: int | None,
+) -> Workload:
+    """Batches one after another, or clients where num_clients is given.
+
+    Raises:
+        ConfigError: requests without clients, or too few for a steady state.
+    """
+    if num_clients is None and num_requests is not None:
+        raise ConfigError("requests is for a closed loop: give clients too")
+    loads: tuple[Load, ...] = tuple(Batch(num_sequences=size) for size in batches)
+    if num_clients is not None:
+        num_sequences = num_requests or REQUESTS_PER_CLIENT * num_clients
+        if num_sequences < 2 * num_clients:
+            raise ConfigError(
+                f"requests is {num_sequences} and clients {num_clients}; a steady state needs at "
+                "least 2 requests per client"
+            )
+        loads = (Clients(num_clients=num_clients, num_sequences=num_sequences),)
+    return Workload(
+        num_prompt_tokens=num_prompt_tokens, num_output_tokens=num_output_tokens, loads=loads
+    )
+
+
+def missing_options(workload: Workload, config: Config) -> dict[str, int]:
+    """Options that nobody set and that must be larger than their defaults for this workload."""
+    return dict(_missing_options(workload, config))
+
+
+def _missing_options(workload: Workload, config: Config) -> Iterator[tuple[str, int]]:
+    num_rows = config.max_num_seqs
+    if "max_num_seqs" not in config.model_fields_set:
+        num_rows = max(num_rows, workload.num_concurrent)
+        yield "max_num_seqs", num_rows
+    if "max_num_batched_tokens" not in config.model_fields_set:
+        yield "max_num_batched_tokens", max(config.max_num_batched_tokens, num_rows)
