@@ -18,7 +18,7 @@ from pipeserve.kernels.quant_gemv import gemv, quantise_rows
 from pipeserve.kernels.quant_layout import UNIT, PlanarWeight
 
 GEMV_ROWS = 4
-"""Up to this many, integer dot products are fastest; measured on an H100, see loadtest/README.md."""
+"""Up to this many, integer dot products are fastest: measured on an H100 (loadtest/README.md)."""
 GEMM_ROWS = 256
 """From more rows on, writing the matrix out once and cuBLAS are."""
 
