@@ -33,6 +33,7 @@ from pipeserve.engine.messages import (
 from pipeserve.engine.stats import EngineStats
 from pipeserve.errors import (
     EngineError,
+    NotReadyError,
     PromptTooLongError,
     QueueFullError,
     StageFailedError,
@@ -61,6 +62,7 @@ class Generation:
 
     Raises (while iterating):
         StageFailedError, StageStalledError: the pipeline died under the sequence.
+        NotReadyError: the daemon ended the sequence to stop.
     """
 
     __slots__ = ("_client", "_failure", "_is_ended", "_tokens", "_waiter", "seq_id")
@@ -150,12 +152,18 @@ class EngineClient:
         self._replies: dict[int, asyncio.Future[EngineStats]] = {}
         self._end_times: deque[float] = deque(maxlen=RATE_WINDOW)
         self._failure: EngineError | None = None
+        self._is_shut_down = False
         self._failed: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
 
     @property
     def num_live(self) -> int:
         """Sequences that were submitted and have not ended."""
         return len(self._generations)
+
+    @property
+    def max_live(self) -> int:
+        """Most sequences that can run and wait at once."""
+        return self._max_live
 
     @property
     def failure(self) -> EngineError | None:
@@ -171,10 +179,9 @@ class EngineClient:
 
         Raises:
             QueueFullError: too many wait; `retry_after_s` follows from the recent service rate.
-            StageFailedError, StageStalledError: the engine is dead.
+            StageFailedError, StageStalledError, NotReadyError: the engine is dead or was shut down.
         """
-        if self._failure is not None:
-            raise self._failure
+        self._check_alive()
         excess = self.num_live + num_sequences - self._max_live
         if excess > 0:
             raise QueueFullError(
@@ -182,6 +189,12 @@ class EngineClient:
                 f"{num_sequences}; at most {self._max_live} fit. Try again later.",
                 retry_after_s=self._seconds_until(excess),
             )
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._is_shut_down:
+            raise NotReadyError("the daemon is stopping and takes no new requests")
 
     def _seconds_until(self, num_ended: int) -> int:
         if len(self._end_times) < 2:
@@ -194,7 +207,8 @@ class EngineClient:
 
         Raises:
             PromptTooLongError: prompt and max_tokens together exceed the context.
-            QueueFullError, StageFailedError, StageStalledError: see check_capacity.
+            QueueFullError, StageFailedError, StageStalledError, NotReadyError: see
+                check_capacity.
         """
         self._check_length(len(prompt_token_ids), sampling.max_tokens)
         self.check_capacity(1)
@@ -232,10 +246,9 @@ class EngineClient:
         """Ask the engine for a snapshot.
 
         Raises:
-            StageFailedError, StageStalledError: the engine is dead.
+            StageFailedError, StageStalledError, NotReadyError: the engine is dead or was shut down.
         """
-        if self._failure is not None:
-            raise self._failure
+        self._check_alive()
         reply_id = next(self._reply_ids)
         reply: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
         self._replies[reply_id] = reply
@@ -246,8 +259,18 @@ class EngineClient:
             del self._replies[reply_id]
 
     def shut_down(self) -> None:
-        """Tell the engine to abort everything and end."""
+        """Tell the engine to end; whoever still waits for a sequence gets NotReadyError."""
+        self._is_shut_down = True
         self._post(Shutdown())
+        self._fail_all(NotReadyError("the daemon is stopping; the answer was cut off"))
+
+    def _fail_all(self, failure: EngineError) -> None:
+        for generation in self._generations.values():
+            generation.fail(failure)
+        self._generations.clear()
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(failure)
 
     def deliver(self, message: EngineMessage) -> None:
         """Hand a message from the engine to whoever waits for it."""
@@ -277,11 +300,6 @@ class EngineClient:
     def _deliver_failure(self, message: EngineFailed) -> None:
         kind = StageStalledError if message.stalled else StageFailedError
         self._failure = kind(message.error)
-        for generation in self._generations.values():
-            generation.fail(self._failure)
-        self._generations.clear()
-        for reply in self._replies.values():
-            if not reply.done():
-                reply.set_exception(self._failure)
+        self._fail_all(self._failure)
         if not self._failed.done():
             self._failed.set_result(self._failure)

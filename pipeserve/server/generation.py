@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from pipeserve.engine.client import GeneratedToken, Generation
 from pipeserve.engine.messages import FinishReason, TokenLogprobs
-from pipeserve.errors import NotReadyError
 from pipeserve.server.plan import Plan
 from pipeserve.server.record import RequestRecord
 from pipeserve.server.state import Services
@@ -85,8 +84,6 @@ class Choice:
     def _take(self, token: GeneratedToken) -> Delta | None:
         if self.finish_reason is not None:
             return None  # came in the same batch, after a stop string
-        if token.finish_reason is FinishReason.ABORT:
-            raise NotReadyError("the daemon is stopping; the answer was cut off")
         self.num_tokens += 1
         if token.finish_reason is FinishReason.STOP:
             text = self._detokenizer.finish()

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from pipeserve.config import Config
 from pipeserve.engine.stats import EngineStats
-from pipeserve.errors import EngineError, NotReadyError, TextTimeoutError, UnknownModelError
+from pipeserve.errors import EngineError, NotReadyError, TextTimeoutError
 from pipeserve.server.generation import Choice, open_choices, run_together
 from pipeserve.server.metrics import Metrics
 from pipeserve.server.middleware import RECORD
@@ -54,12 +54,7 @@ async def list_models(request: web.Request) -> web.Response:
 async def get_model(request: web.Request) -> web.Response:
     """GET /v1/models/{model}"""
     services = _loaded(request)
-    name = request.match_info["model"]
-    if name != services.card.name:
-        raise UnknownModelError(
-            f"model {name!r} is not served here; this daemon serves {services.card.name!r}",
-            param="model",
-        )
+    services.card.check_name(request.match_info["model"])
     return web.json_response(model_object(services.card, services.engine.facts.context_length))
 
 
@@ -103,6 +98,7 @@ async def _generate(
 ) -> web.StreamResponse:
     with request.app[STATE].admit() as services:
         body = await _read_body(request)
+        services.engine.check_capacity(1)  # refused here, a request costs no text thread
         plan = await _off_the_loop(request, services, make_plan, body)
         record = request[RECORD]
         record.prompt_tokens = plan.num_prompt_tokens

@@ -6,10 +6,10 @@ Runs in the text executor, off the event loop; pure functions of their arguments
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeserve.core.sampling import SamplingParams
-from pipeserve.errors import InvalidParameterError, PromptTooLongError, UnknownModelError
+from pipeserve.errors import InvalidParameterError, PromptTooLongError
 from pipeserve.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -54,7 +54,8 @@ def plan_chat(body: bytes, services: Services) -> Plan:
             the context.
     """
     request = parse(body, ChatCompletionRequest)
-    _check_model(request.model, services)
+    services.card.check_name(request.model)
+    _check_count(request, 1, services)
     generation_prompt = request.add_generation_prompt
     text = services.chat_template.render(
         [message.for_template() for message in request.messages],
@@ -69,7 +70,8 @@ def plan_chat(body: bytes, services: Services) -> Plan:
 def plan_completion(body: bytes, services: Services) -> Plan:
     """The plan for a body of /v1/completions; raises as plan_chat does."""
     request = parse(body, CompletionRequest)
-    _check_model(request.model, services)
+    services.card.check_name(request.model)
+    _check_count(request, len(request.prompts), services)
     tokenizer = services.tokenizer
     prompts: list[Sequence[int]] = []
     for prompt in request.prompts:
@@ -89,11 +91,15 @@ def _begin_with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:
     return [bos, *prompt]
 
 
-def _check_model(name: str, services: Services) -> None:
-    if name != services.card.name:
-        raise UnknownModelError(
-            f"model {name!r} is not served here; this daemon serves {services.card.name!r}",
-            param="model",
+def _check_count(request: GenerationRequest, num_prompts: int, services: Services) -> None:
+    """Refuse what could never be queued, before anything is made of every prompt."""
+    wanted, most = num_prompts * request.num_choices, services.engine.max_live
+    if wanted > most:
+        raise InvalidParameterError(
+            f"n is {request.num_choices} for {num_prompts} prompt(s), together {wanted} "
+            f"sequences; at most {most} can run and wait (max_num_seqs and max_queued_requests): "
+            "ask for fewer",
+            param="n" if num_prompts == 1 else "prompt",
         )
 
 
@@ -105,21 +111,21 @@ def _plan(
     param: str,
 ) -> Plan:
     seeds = request.choice_seeds()
-    sequences: list[PlannedSequence] = []
-    for prompt in prompts:
-        max_tokens = _max_tokens(request, len(prompt), services, param=param)
-        sequences += (
-            PlannedSequence(
-                prompt_token_ids=prompt,
-                sampling=request.sampling(
-                    seed=seed,
-                    max_tokens=max_tokens,
-                    vocab_size=services.tokenizer.vocab_size,
-                    eos_token_ids=services.tokenizer.eos_token_ids,
-                ),
-            )
-            for seed in seeds
+    limits = [_max_tokens(request, len(prompt), services, param=param) for prompt in prompts]
+    # Made once: a logit_bias can name the whole vocabulary, and all sequences share it.
+    sampling = request.sampling(
+        seed=seeds[0],
+        max_tokens=limits[0],
+        vocab_size=services.tokenizer.vocab_size,
+        eos_token_ids=services.tokenizer.eos_token_ids,
+    )
+    sequences = [
+        PlannedSequence(
+            prompt_token_ids=prompt, sampling=replace(sampling, seed=seed, max_tokens=max_tokens)
         )
+        for prompt, max_tokens in zip(prompts, limits, strict=True)
+        for seed in seeds
+    ]
     return Plan(
         sequences=tuple(sequences),
         num_prompt_tokens=sum(map(len, prompts)),

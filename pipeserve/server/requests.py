@@ -28,6 +28,8 @@ from pipeserve.errors import InvalidParameterError
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 500
+"""Every choice prepares its own search for the stop strings, on the event loop."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for /v1/completions."""
 
@@ -103,7 +105,7 @@ class StreamOptions(_Body):
 _LEAVE_OUT = "leave it out"
 _NO_GRAMMAR = "leave it out; this version does not constrain the output"
 
-StopString = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class GenerationRequest(_Body):
@@ -348,6 +350,7 @@ _MUST_BE = {
     "less_than_equal": "at most {le}",
     "too_long": "a list of at most {max_length}",
     "too_short": "a list of at least {min_length}",
+    "string_too_long": "a string of at most {max_length} characters",
     "string_too_short": "a string of at least {min_length} character",
 }
 """What to write instead, by pydantic's name of the mistake."""
@@ -364,6 +367,8 @@ def _explain(problem: ErrorDetails, field: str | None) -> str:
     if problem["type"] == "value_error":
         return f"{field} is {_shown(problem['input'])}; {details['error']}"
     must_be = _MUST_BE.get(problem["type"])
+    if problem["type"] == "tuple_type" and str(problem["loc"][-1]).startswith("<"):
+        must_be = "a string or a list"  # neither branch of a union fits
     mend = f"it must be {must_be.format(**details)}" if must_be else problem["msg"]
     return f"{field} is {_shown(problem['input'])}; {mend}"
 

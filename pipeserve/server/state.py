@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeserve.engine.client import EngineClient
-from pipeserve.errors import NotReadyError
+from pipeserve.errors import NotReadyError, UnknownModelError
 from pipeserve.text.chat_template import ChatTemplate
 from pipeserve.text.tokenizer import Tokenizer
 
@@ -27,6 +27,15 @@ class ModelCard:
     """Unix time in seconds."""
     fingerprint: str
     """Changes whenever the same request might give another answer: model file, version, options."""
+
+    def check_name(self, name: str) -> None:
+        """Raises UnknownModelError where a client asks for another model."""
+        if name != self.name:
+            shown = name if len(name) <= 100 else f"{name[:97]}..."
+            raise UnknownModelError(
+                f"model {shown!r} is not served here; this daemon serves {self.name!r}",
+                param="model",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from pipeserve.errors import ChatTemplateError
+from pipeserve.errors import ChatTemplateError, GGUFFormatError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.text.tokenizer import Tokenizer
 
@@ -83,12 +83,14 @@ class ChatTemplate:
         """The file's own template; without one ChatML where the vocabulary has it, else PLAIN.
 
         Raises:
-            ChatTemplateError: the file's template cannot be compiled.
-            GGUFFormatError: it is not a text.
+            GGUFFormatError: the file's template is not a text or cannot be compiled.
         """
         fallback = CHATML if tokenizer.has_token("<|im_start|>") else PLAIN
         source = gguf_file.metadata_str("tokenizer.chat_template", fallback)
-        return cls(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        try:
+            return cls(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        except ChatTemplateError as error:
+            raise GGUFFormatError(gguf_file.path, f"tokenizer.chat_template: {error}") from error
 
     def render(
         self,

@@ -17,6 +17,10 @@ from pipeserve.text.vocabulary import TokenType, Vocabulary
 
 _SPECIAL_TYPES = (TokenType.CONTROL, TokenType.UNKNOWN)
 
+LONG_TEXT = 10_000
+"""Characters from which on a text is encoded without the interpreter's lock: handing it to
+another thread costs a millisecond, holding the lock about one per 1,500 characters."""
+
 
 class Tokenizer:
     """Build it with from_gguf."""
@@ -121,7 +125,7 @@ class Tokenizer:
                 it, the name is text like any other.
         """
         backend = self._backend if parse_special else self._plain_backend
-        ids: list[int] = backend.encode(_well_formed(text), add_special_tokens=False).ids
+        ids = _encode(backend, _well_formed(text))
         if not add_special_tokens:
             return ids
         bos, eos = self._vocabulary.bos_token_id, self._vocabulary.eos_token_id
@@ -157,6 +161,16 @@ class Tokenizer:
 
     def _name(self, token_id: int | None) -> str:
         return "" if token_id is None else self._vocabulary.tokens[token_id]
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Only the batch call lets other threads run meanwhile."""
+    if len(text) < LONG_TEXT:
+        encoding = backend.encode(text, add_special_tokens=False)
+    else:
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _added_tokens(vocabulary: Vocabulary, *, keeps_spaces: bool) -> list[tokenizers.AddedToken]:

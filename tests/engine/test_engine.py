@@ -11,6 +11,7 @@ from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.client import EngineClient, Generation
 from pipeserve.engine.messages import FinishReason
 from pipeserve.errors import (
+    NotReadyError,
     PromptTooLongError,
     QueueFullError,
     StageFailedError,
@@ -162,6 +163,22 @@ async def test_a_stage_that_blocks_for_ever_is_noticed() -> None:
         with pytest.raises(StageStalledError, match=r"0.2 s \(stage_timeout_s\).*stage 0"):
             await collect(running.client.generate((1,), sampling(max_tokens=50)))
         assert isinstance(running.client.failure, StageStalledError)
+
+
+async def test_a_shutdown_tells_whoever_waits() -> None:
+    async with running_engine(step_s=0.002) as running:
+        waiting = asyncio.create_task(
+            collect(running.client.generate((1,), sampling(max_tokens=100)))
+        )
+        await asyncio.sleep(0)
+        running.client.shut_down()
+        with pytest.raises(NotReadyError, match="stopping"):
+            await waiting
+        assert running.client.num_live == 0
+        with pytest.raises(NotReadyError):
+            running.client.generate((1,), sampling())
+        with pytest.raises(NotReadyError):
+            await running.client.stats()
 
 
 async def test_an_idle_engine_is_not_stalled() -> None:

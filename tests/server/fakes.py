@@ -116,12 +116,6 @@ class ScriptedEngine:
             self._running.pop(seq_id).cancel()
         self._deliver(seq_id, [token_id], FinishReason.LENGTH if is_last else None, None)
 
-    def abort_all(self) -> None:
-        """What the engine does with the sequences that a drain has no more time for."""
-        for seq_id in list(self._running):
-            self._running.pop(seq_id).cancel()
-            self._deliver(seq_id, [0], FinishReason.ABORT, None)
-
     def _post(self, message: FrontMessage) -> None:
         match message:
             case Submit():

@@ -116,7 +116,7 @@ async def test_requests_that_a_stopping_daemon_aborts_get_an_error(server: Serve
     body = {"model": "tiny", "prompt": "a"}
     waiting = asyncio.create_task(server.post("/v1/completions", body))
     await server.engine.until(lambda: len(server.engine.submitted) == 1)
-    server.engine.abort_all()
+    server.engine.client.shut_down()
     status, answer = await waiting
     assert status == 503
     assert "stopping" in str(answer)

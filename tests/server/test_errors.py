@@ -43,6 +43,8 @@ WRONG_FIELDS = [
     (CHAT, _chat(model=5), "model", "must be a string"),
     (CHAT, _chat(messages=[]), "messages", "at least 1"),
     (CHAT, _chat(messages="hi"), "messages", "must be a list"),
+    (TEXT, _text(stop="x" * 501), "stop", "a string of at most 500 characters"),
+    (TEXT, _text(stop=5), "stop", "stop is 5; it must be a string or a list"),
     (CHAT, _chat(messages=["hi"]), "messages[0]", "must be an object"),
     (CHAT, _chat(messages=[{"role": "user"}]), "messages[0].content", "missing"),
     (CHAT, _chat(messages=[{"role": "user", "content": None}]), "messages[0].content", "null"),
@@ -102,7 +104,7 @@ WRONG_FIELDS = [
     (CHAT, _chat(modalities=["audio"]), "modalities", '["text"]'),
     (CHAT, _chat(store=True), "store", "leave it out"),
     (TEXT, {"model": "tiny"}, "prompt", "missing"),
-    (TEXT, _text(prompt=5), "prompt", "must be a list"),
+    (TEXT, _text(prompt=5), "prompt", "prompt is 5; it must be a string or a list"),
     (TEXT, _text(prompt=[]), "prompt", "at least 1"),
     (TEXT, _text(prompt=[[]]), "prompt", "no tokens"),
     (TEXT, _text(prompt=["a", 1]), "prompt[1]", "must be a string"),
@@ -264,6 +266,24 @@ async def test_full_queue_takes_all_choices_or_none(server: Server) -> None:
     assert len(server.engine.submitted) == 6
     waiting.cancel()
     await server.engine.until(lambda: len(server.engine.aborted) == 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"), [({"n": 9}, "n"), ({"n": 3, "prompt": ["a", "b", "c"]}, "prompt")]
+)
+async def test_more_sequences_than_could_ever_wait_are_no_reason_to_come_back(
+    server: Server, change: dict[str, object], param: str
+) -> None:
+    status, answer = await server.post(TEXT, _text(**change))
+    error = _error(answer)
+    assert (status, error["param"]) == (400, param)
+    assert "9 sequences; at most 8" in str(error["message"])
+
+
+async def test_a_long_model_name_is_cut_in_the_message(server: Server) -> None:
+    status, answer = await server.post(TEXT, _text(model="x" * 5000))
+    assert status == 404
+    assert len(str(_error(answer)["message"])) < 200
 
 
 async def test_template_or_tokeniser_that_takes_too_long() -> None:

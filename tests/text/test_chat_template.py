@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from pipeserve.errors import ChatTemplateError
+from pipeserve.errors import ChatTemplateError, GGUFFormatError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.text.chat_template import ChatTemplate
 from pipeserve.text.tokenizer import Tokenizer
@@ -292,5 +292,5 @@ class TestFallback:
 
     def test_broken_template_in_the_file(self, tmp_path: Path) -> None:
         path = write_byte_vocabulary(tmp_path / "a.gguf", chat_template="{% for %}")
-        with pytest.raises(ChatTemplateError, match="cannot be compiled"):
+        with pytest.raises(GGUFFormatError, match=rf"{path}: tokenizer.chat_template: .* compiled"):
             load(path)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeserve.errors import GGUFFormatError, UnsupportedModelError
 from pipeserve.gguf.reader import GGUFFile
-from pipeserve.text.tokenizer import Tokenizer
+from pipeserve.text.tokenizer import LONG_TEXT, Tokenizer
 from pipeserve.text.vocabulary import TokenType
 from tests.text.corpus import CORPUS
 from tests.text.sentencepiece_oracle import processor
@@ -266,3 +266,10 @@ def test_many_threads_get_the_same_ids(byte_tokenizer: Tokenizer) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(both, texts)) == [both(text) for text in texts]
+
+
+def test_a_long_text_gets_the_ids_of_its_parts(byte_tokenizer: Tokenizer) -> None:
+    part = "Hello wörld 😀\n"
+    ids = byte_tokenizer.encode(part, add_special_tokens=False)
+    copies = LONG_TEXT // len(part) + 1
+    assert byte_tokenizer.encode(part * copies, add_special_tokens=False) == ids * copies

@@ -1,0 +1,121 @@
+"""What crosses between the halves, and between engine and pipeline, survives a process boundary."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pickle
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from pipeserve.core import batch
+from pipeserve.core.batch import MicroBatch, RowStart, StageFailure, StepLogprobs, StepOutput
+from pipeserve.core.sampling import SamplingParams
+from pipeserve.engine import messages
+from pipeserve.engine.messages import (
+    Abort,
+    EngineFailed,
+    Finish,
+    FinishReason,
+    GetStats,
+    Shutdown,
+    StatsReply,
+    Submit,
+    TokenEvents,
+    TokenLogprobs,
+)
+from pipeserve.engine.stats import EngineStats
+from tests.fakes import facts
+
+SAMPLING = SamplingParams(
+    max_tokens=5, seed=2**63 - 1, logit_bias=((3, -100.0),), num_logprobs=2, stop_token_ids=(0, 2)
+)
+IDS = np.array([1, 2, 3], np.int32)
+LOGPROBS = StepLogprobs(
+    token_S=np.array([-0.5], np.float32),
+    top_ids_SK=np.array([[7, 8]], np.int32),
+    top_SK=np.array([[-0.5, -np.inf]], np.float32),
+)
+
+EXAMPLES: tuple[Any, ...] = (
+    Submit(seq_id=1, prompt_token_ids=(1, 2), sampling=SAMPLING),
+    Finish(seq_id=1),
+    Abort(seq_id=1),
+    GetStats(reply_id=4),
+    Shutdown(),
+    TokenEvents(
+        seq_ids=(1, 2),
+        token_ids=(5, 6),
+        finish_reasons=(None, FinishReason.STOP),
+        logprobs=(
+            None,
+            TokenLogprobs(logprob=-0.5, top_ids=(6,), top_logprobs=(float("-inf"),)),
+        ),
+    ),
+    StatsReply(
+        reply_id=4,
+        stats=EngineStats(
+            num_waiting=1,
+            num_running=2,
+            num_blocks=3,
+            num_free_blocks=1,
+            num_steps=4,
+            num_prompt_tokens=5,
+            num_generated_tokens=6,
+            num_preemptions=0,
+            stage_busy_s=(0.5, 0.25),
+            uptime_s=9.0,
+        ),
+    ),
+    EngineFailed(error="stage 1 failed", stalled=True),
+    facts(),
+    MicroBatch(
+        step_id=3,
+        num_decode_rows=1,
+        rows_S=IDS[:2],
+        first_positions_S=np.array([4, 0], np.int32),
+        num_tokens_S=np.array([1, 3], np.int32),
+        samples_S=np.array([True, False]),
+        prefill_token_ids=IDS,
+        starts=(RowStart(row=2, sampling=SAMPLING, token_ids=IDS, num_prompt_tokens=2),),
+        block_rows=np.array([2], np.int32),
+        block_columns=np.array([0], np.int32),
+        block_ids=np.array([9], np.int32),
+        needs_step=2,
+    ),
+    StepOutput(step_id=3, token_ids=IDS[:1], logprobs=LOGPROBS, stage_busy_s=(0.1, 0.2)),
+    StageFailure(stage=1, error="RuntimeError: out of memory"),
+)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality to the type and the last bit, also where a class compares by identity."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if dataclasses.is_dataclass(one):
+        names = [field.name for field in dataclasses.fields(one)]
+        return all(same(getattr(one, name), getattr(other, name)) for name in names)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_survives_pickle(message: Any) -> None:
+    assert same(pickle.loads(pickle.dumps(message)), message)
+
+
+def test_every_message_has_an_example() -> None:
+    defined = {
+        kind
+        for module in (messages, batch)
+        for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
+    }
+    nested = {SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
+    assert {type(message) for message in EXAMPLES} == defined - nested
+    unions = get_args(messages.FrontMessage) + get_args(messages.EngineMessage)
+    assert set(unions) <= defined
