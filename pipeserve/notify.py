@@ -40,8 +40,8 @@ class ServiceNotifier:
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            # A service manager that does not read must not hold the daemon up.
+            # A service manager that does not read or is gone must not hold the daemon up.
             sender.settimeout(SEND_TIMEOUT_S)
-            with suppress(TimeoutError):
+            with suppress(OSError):
                 sender.connect(self._address)
                 sender.sendall(state.encode())

@@ -62,6 +62,7 @@ def plan_chat(body: bytes, services: Services) -> Plan:
         add_generation_prompt=True if generation_prompt is None else generation_prompt,
         extra=request.chat_template_kwargs,
     )
+    _check_size(text, services, param="messages")
     prompt = services.tokenizer.encode(text, add_special_tokens=False)
     prompt = _begin_with_bos(prompt, services.tokenizer)
     return _plan(request, (prompt,), services, param="messages")
@@ -76,11 +77,24 @@ def plan_completion(body: bytes, services: Services) -> Plan:
     prompts: list[Sequence[int]] = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
+            _check_size(prompt, services, param="prompt")
             prompts.append(tokenizer.encode(prompt, add_special_tokens=True))
         else:
             check_token_ids(prompt, vocab_size=tokenizer.vocab_size, param="prompt")
             prompts.append(prompt)
     return _plan(request, prompts, services, param="prompt")
+
+
+def _check_size(text: str, services: Services, *, param: str) -> None:
+    """Refuse a text that cannot fit, however it is cut, before seconds are spent on cutting it."""
+    context_length = services.engine.facts.context_length
+    least = len(text) // services.tokenizer.longest_token_bytes
+    if least >= context_length:
+        raise PromptTooLongError(
+            f"{param} has {len(text)} characters, at least {least} tokens; the context holds "
+            f"{context_length}, the answer included: shorten it",
+            param=param,
+        )
 
 
 def _begin_with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:

@@ -85,15 +85,9 @@ class AppState:
 
     def drain(self) -> None:
         """From now on new requests are refused; those in progress go on."""
-        if self._readiness.phase is Phase.FAILED:
-            return
         self._readiness = Readiness(
             phase=Phase.DRAINING, detail="the daemon is stopping and takes no new requests"
         )
-
-    def fail(self, detail: str) -> None:
-        """Serving ended for good; the detail says why."""
-        self._readiness = Readiness(phase=Phase.FAILED, detail=detail)
 
     @property
     def readiness(self) -> Readiness:

@@ -41,6 +41,8 @@ class Tokenizer:
         self._special_ids = frozenset(
             index for index, kind in enumerate(vocabulary.types) if kind in _SPECIAL_TYPES
         )
+        self.longest_token_bytes = max(map(len, pieces))
+        """A text of n bytes has at least n / longest_token_bytes tokens."""
         self._text_pieces = list(pieces)
         for index in self._special_ids:
             self._text_pieces[index] = b""

@@ -38,6 +38,7 @@ class ByteTokenizer:
 
     strips_leading_space = False
     vocab_size = 259
+    longest_token_bytes = 1
     eos_token_ids = frozenset({EOS})
     bos_token_id = BOS
     add_bos = True

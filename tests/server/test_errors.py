@@ -215,6 +215,17 @@ async def test_prompt_over_the_context(
     assert (await server.post(TEXT, _text(prompt=[1] * 500, max_tokens=12)))[0] == 200
 
 
+async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object, **__: object) -> list[int]:
+        raise AssertionError("tokenised in vain")
+
+    monkeypatch.setattr(server.services.tokenizer, "encode", encode)
+    status, answer = await server.post(TEXT, _text(prompt="x" * 100_000))
+    assert (status, _error(answer)["code"]) == (400, "context_length_exceeded")
+
+
 async def test_chat_over_the_context(server: Server) -> None:
     body = _chat(messages=[{"role": "user", "content": "x" * 600}])
     status, answer = await server.post(CHAT, body)

@@ -39,12 +39,6 @@ async def test_loading_then_ready(loading_server: Server) -> None:
     assert (await server.post("/v1/completions", BODY))[0] == 200
 
 
-async def test_loading_that_fails(loading_server: Server) -> None:
-    loading_server.state.fail("model.gguf: truncated")
-    assert await _health(loading_server) == (503, "failed")
-    assert "model.gguf: truncated" in await _refusal(loading_server)
-
-
 async def test_draining_finishes_what_runs_and_takes_nothing_new(server: Server) -> None:
     server.engine.answer = text_answer("", ends=False)
     running = asyncio.create_task(server.post("/v1/completions", {**BODY, "stop": "never"}))
