@@ -8,26 +8,16 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
-
-from pipeserve.core.batch import MicroBatch, PipelineFacts, RowStart, StepLogprobs, StepOutput
+from pipeserve.core.batch import MicroBatch, PipelineFacts, StepLogprobs, StepOutput
 from pipeserve.engine.block_pool import BlockPool
 from pipeserve.engine.cohorts import Cohorts
 from pipeserve.engine.messages import FinishReason, TokenEvents, TokenLogprobs
 from pipeserve.engine.sequence import Sequence, SequenceStatus
+from pipeserve.engine.step_draft import Chunk, StepDraft
 
 PREFILL_ITERATIONS = 8
 """While others decode, waiting prompt tokens are spread over about this many micro-batches, so
 that no step is much longer than the next (token throttling, gLLM, arXiv 2504.14775)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Chunk:
-    """What one sequence computes in one step."""
-
-    sequence: Sequence
-    num_tokens: int
-    samples: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,32 +107,25 @@ class Scheduler:
         """The next micro-batch, or None if the pipeline is full or there is nothing to do."""
         if len(self._in_flight) >= self.facts.num_stages + self.facts.num_look_ahead:
             return None
-        new_blocks: list[tuple[int, int, int]] = []
-        starts: list[RowStart] = []
-        chunks = self._decode_chunks(new_blocks)
-        num_decode_rows = len(chunks)
-        chunks += self._prefill_chunks(num_decode_rows, new_blocks, starts)
-        if not chunks:
+        draft = StepDraft()
+        self._plan_decode(draft)
+        self._plan_prefill(draft)
+        if not draft.chunks:
             return None
-        batch = self._build(chunks, num_decode_rows, new_blocks, starts)
-        self._advance(chunks)
+        batch = draft.build(self._next_step_id)
+        self._advance(draft.chunks)
         return batch
 
-    def _decode_chunks(self, new_blocks: list[tuple[int, int, int]]) -> list[_Chunk]:
-        while ready := self._cohorts.take_turn(self._next_step_id):
-            # Oldest first: whoever a growing sequence preempts is newer, so not in the list yet.
-            chunks = [
-                _Chunk(sequence=sequence, num_tokens=1, samples=True)
-                for sequence in sorted(ready, key=lambda sequence: sequence.admission)
-                if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, new_blocks)
-            ]
-            if chunks:
-                return chunks
-            # All of this cohort were preempted, the last for want of a block that an older one of
-            # another cohort holds: that one must go on, or nobody would.
-        return []
+    def _plan_decode(self, draft: StepDraft) -> None:
+        while not draft.decode and (ready := self._cohorts.take_turn(self._next_step_id)):
+            # Oldest first: whoever a growing sequence preempts is newer, so not in the draft yet.
+            for sequence in sorted(ready, key=lambda sequence: sequence.admission):
+                if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, draft):
+                    draft.decode.append(Chunk(sequence=sequence, num_tokens=1, samples=True))
+            # Again if all of this cohort were preempted, the last for want of a block that an older
+            # one of another cohort holds: that one must go on, or nobody would.
 
-    def _grow(self, sequence: Sequence, new_blocks: list[tuple[int, int, int]]) -> bool:
+    def _grow(self, sequence: Sequence, draft: StepDraft) -> bool:
         """Make room for one more token, preempting newer sequences; False if it was preempted."""
         if sequence.num_computed_tokens < len(sequence.block_table) * self.facts.block_size:
             return True
@@ -151,37 +134,20 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self._append_blocks(sequence, taken, new_blocks)
+        draft.append_blocks(sequence, taken)
         return True
 
-    @staticmethod
-    def _append_blocks(
-        sequence: Sequence, block_ids: list[int], new_blocks: list[tuple[int, int, int]]
-    ) -> None:
-        assert sequence.row is not None, "a sequence that grows has a row"
-        for block_id in block_ids:
-            new_blocks.append((sequence.row, len(sequence.block_table), block_id))
-            sequence.block_table.append(block_id)
-
-    def _prefill_chunks(
-        self, num_decode_rows: int, new_blocks: list[tuple[int, int, int]], starts: list[RowStart]
-    ) -> list[_Chunk]:
-        budget = self._prefill_budget(num_decode_rows)
-        chunks: list[_Chunk] = []
-        prefilling = [s for s in self._running if s.num_remaining_prefill > 0]
+    def _plan_prefill(self, draft: StepDraft) -> None:
+        budget = self._prefill_budget(len(draft.decode))
+        prefilling = deque(s for s in self._running if s.num_remaining_prefill > 0)
         while budget > 0:
-            if prefilling:
-                sequence = prefilling.pop(0)
-            elif (start := self._admit_next(new_blocks)) is not None:
-                sequence = self._running[-1]
-                starts.append(start)
-            else:
-                break
+            sequence = prefilling.popleft() if prefilling else self._admit_next(draft)
+            if sequence is None:
+                return
             num_tokens = min(sequence.num_remaining_prefill, budget)
             budget -= num_tokens
             is_last = num_tokens == sequence.num_remaining_prefill
-            chunks.append(_Chunk(sequence=sequence, num_tokens=num_tokens, samples=is_last))
-        return chunks
+            draft.prefill.append(Chunk(sequence=sequence, num_tokens=num_tokens, samples=is_last))
 
     def _prefill_budget(self, num_decode_rows: int) -> int:
         """Prompt tokens for this step: enough to keep up, not so many that decoding stalls."""
@@ -193,7 +159,7 @@ class Scheduler:
         least = self.facts.max_batch_tokens // PREFILL_ITERATIONS
         return min(space, max(-(-num_pending // num_parts), least))
 
-    def _admit_next(self, new_blocks: list[tuple[int, int, int]]) -> RowStart | None:
+    def _admit_next(self, draft: StepDraft) -> Sequence | None:
         """Give the longest-waiting sequence a row and the blocks of all its known tokens."""
         if not self._waiting or not self._free_rows:
             return None
@@ -206,51 +172,14 @@ class Scheduler:
         assert block_ids is not None, "an empty pool holds any sequence"
         self._waiting.popleft()
         self._num_waiting_tokens -= len(sequence.token_ids)
-        row = self._free_rows.pop()
-        sequence.start(row, self._num_admissions)
+        sequence.start(self._free_rows.pop(), self._num_admissions)
         self._num_admissions += 1
         self._running.append(sequence)
-        self._append_blocks(sequence, block_ids, new_blocks)
-        return RowStart(
-            row=row,
-            sampling=sequence.sampling,
-            token_ids=np.array(sequence.token_ids, np.int32),
-            num_prompt_tokens=sequence.num_prompt_tokens,
-        )
+        draft.add_start(sequence)
+        draft.append_blocks(sequence, block_ids)
+        return sequence
 
-    def _build(
-        self,
-        chunks: list[_Chunk],
-        num_decode_rows: int,
-        new_blocks: list[tuple[int, int, int]],
-        starts: list[RowStart],
-    ) -> MicroBatch:
-        prefill_ids: list[int] = []
-        for chunk in chunks[num_decode_rows:]:
-            first = chunk.sequence.num_computed_tokens
-            prefill_ids += chunk.sequence.token_ids[first : first + chunk.num_tokens]
-        awaited = [
-            chunk.sequence.last_sample_step
-            for chunk in chunks[:num_decode_rows]
-            if chunk.sequence.num_in_flight and chunk.sequence.last_sample_step is not None
-        ]
-        blocks = np.array(new_blocks, np.int32).reshape(-1, 3)
-        return MicroBatch(
-            step_id=self._next_step_id,
-            num_decode_rows=num_decode_rows,
-            rows_S=np.array([chunk.sequence.row for chunk in chunks], np.int32),
-            first_positions_S=np.array([c.sequence.num_computed_tokens for c in chunks], np.int32),
-            num_tokens_S=np.array([chunk.num_tokens for chunk in chunks], np.int32),
-            samples_S=np.array([chunk.samples for chunk in chunks], np.bool_),
-            prefill_token_ids=np.array(prefill_ids, np.int32),
-            starts=tuple(starts),
-            block_rows=blocks[:, 0],
-            block_columns=blocks[:, 1],
-            block_ids=blocks[:, 2],
-            needs_step=max(awaited, default=None),
-        )
-
-    def _advance(self, chunks: list[_Chunk]) -> None:
+    def _advance(self, chunks: list[Chunk]) -> None:
         """Record the submitted step: its tokens count as computed, its samples as on their way."""
         step_id = self._next_step_id
         self._next_step_id += 1
