@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -112,7 +112,8 @@ def load_model(config: Config, notifier: ServiceNotifier) -> LoadedModel:
     )
 
 
-def _progress_reporter(notifier: ServiceNotifier) -> Any:
+def _progress_reporter(notifier: ServiceNotifier) -> Callable[[int, int], None]:
+    """Tells log and service manager of every tenth of the weights that was read."""
     last_percent = -1
 
     def report(num_read: int, num_bytes: int) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeserve.bench.ceilings import Ceilings, measure_ceilings
 from pipeserve.kernels import fused, sampling
 from pipeserve.kernels.attention_decode import paged_attention_decode
 from pipeserve.kernels.attention_prefill import paged_attention_prefill
@@ -30,12 +31,6 @@ D, F, V = 4096, 14336, 128256
 SCALE = H**-0.5
 CACHE_BYTES = 3 * 10**9
 DEVICE = torch.device("cuda")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ceilings:
-    copy_bytes_per_s: float
-    matmul_flops_per_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,22 +60,6 @@ def microseconds(call: Callable[[int], object], num_sets: int, *, repeats: int =
         end.synchronize()
         times_ms.append(start.elapsed_time(end))
     return statistics.median(times_ms[1:]) * 1000 / num_sets
-
-
-def measure_ceilings() -> Ceilings:
-    a, b = torch.randn(2, 8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    out = torch.empty_like(a)
-    us = microseconds(lambda _: torch.mm(a, b, out=out), 4)
-    return Ceilings(
-        copy_bytes_per_s=max(copy_bytes_per_s(size) for size in (2**28, 2**30, 2**32)),
-        matmul_flops_per_s=2 * 8192**3 / us * 1e6,
-    )
-
-
-def copy_bytes_per_s(num_bytes: int) -> float:
-    source = torch.randint(-(2**31), 2**31 - 1, (num_bytes // 4,), device=DEVICE).int()
-    target = torch.empty_like(source)
-    return 2 * num_bytes / microseconds(lambda _: target.copy_(source), 1) * 1e6
 
 
 def make_layer(num_blocks: int, kv: torch.dtype) -> Layer:
@@ -252,7 +231,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=parts, metavar=" | ".join(parts))
     chosen = parser.parse_args().parts
     torch.manual_seed(0)
-    ceilings = measure_ceilings()
+    ceilings = measure_ceilings(torch.device("cuda", torch.cuda.current_device()))
     print(
         f"{torch.cuda.get_device_name()}: copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, "
         f"bf16 matmul {ceilings.matmul_flops_per_s / 1e12:.0f} TFLOP/s",

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeserve.bench.ceilings import measure_ceilings
 from pipeserve.kernels import quant_reference
 from pipeserve.kernels.quant_dequant import dequantise
 from pipeserve.kernels.quant_gemm import gemm
@@ -142,16 +143,6 @@ def time_us(calls: Sequence[Callable[[], object]]) -> float:
     return statistics.median(times) * 1e3 / len(calls)
 
 
-def measure_limits() -> tuple[float, float]:
-    """Bytes per microsecond of a copy, read and written; FLOP per microsecond of a bf16 product."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    copy_us = time_us([lambda: target.copy_(source)] * 5)
-    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product_us = time_us([lambda: x @ x.T] * 3)
-    return 2 * source.nbytes / copy_us, 2 * 8192**3 / product_us
-
-
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.float() - wanted).norm() / wanted.norm())
 
@@ -205,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
-    copy_speed, matrix_rate = measure_limits()
+    ceilings = measure_ceilings(torch.device("cuda", torch.cuda.current_device()))
+    copy_speed, matrix_rate = ceilings.copy_bytes_per_s / 1e6, ceilings.matmul_flops_per_s / 1e6
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"copy {copy_speed / 1e6:.2f} TB/s, bf16 product {matrix_rate / 1e6:.0f} TFLOP/s")
     titles = ("us: copy", "few rows", "batch", "bf16", "of copy", "of prod.", "error")
