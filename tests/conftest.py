@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeserve.hub import resolve_model
-
 # Before anything imports torch: the machine's few cores are shared by stages and test processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -69,6 +67,7 @@ def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def _cached_model(name: str) -> Path:
     from pipeserve.config import default_cache_dir
+    from pipeserve.hub import resolve_model
 
     return resolve_model(name, cache_dir=default_cache_dir())
 
