@@ -1,16 +1,22 @@
 """Plain-torch twins of the sampling kernels: logits to token ids, batched over rows.
 
 Runs on the last stage's thread. Every parameter is a tensor with one entry per row; what a row
-draws depends on its own logits, parameters, seed and position only, never on its neighbours.
+draws depends on its own logits, parameters, seed and position only, never on its neighbours. Rows
+of temperature 0 take the likeliest token in every function.
 
-Shapes: S rows, V vocabulary, W the likeliest tokens that are looked at first.
+Shapes: S rows, R row slots, G rows that asked, V vocabulary, W the likeliest tokens that are
+looked at first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from pipeserve.kernels.sampling_state import BiasEntries, Penalties
 
 _BLOCK = 256
 """Vocabulary entries that are searched as one: a maximum or a sum per block, then inside one."""
@@ -43,21 +49,68 @@ def uniform(seeds_S: Tensor, positions_S: Tensor) -> Tensor:
     return _shift_right(hash_S, 11).double() * 2.0**-53
 
 
-def apply_penalties(
+def apply_penalties(logits_SV: Tensor, rows_S: Tensor, penalties: Penalties) -> Tensor:
+    """The three penalties as SamplingParams defines them; rows without any are copied."""
+    out_SV = logits_SV.clone()
+    has_any_S = (penalties.repetition_S != 1) | (penalties.presence_S != 0)
+    has_any_S |= penalties.frequency_S != 0
+    chosen = (has_any_S & (rows_S >= 0)).nonzero().squeeze(1)
+    if len(chosen) > 0:
+        out_SV[chosen] = _penalise(
+            logits_SV[chosen],
+            penalties.in_prompt_RV[rows_S[chosen]],
+            penalties.output_counts_RV[rows_S[chosen]],
+            penalties.repetition_S[chosen].unsqueeze(1),
+            penalties.presence_S[chosen].unsqueeze(1),
+            penalties.frequency_S[chosen].unsqueeze(1),
+        )
+    return out_SV
+
+
+def apply_bias(
     logits_SV: Tensor,
-    in_prompt_SV: Tensor,
-    output_counts_SV: Tensor,
-    repetition_S: Tensor,
-    presence_S: Tensor,
-    frequency_S: Tensor,
+    out_SV: Tensor,
+    bias: BiasEntries,
+    rows_S: Tensor,
+    penalties: Penalties | None,
+) -> None:
+    """Write the biased logits over out_SV, which holds the logits or their penalised copy.
+
+    An entry becomes penalised(logit + bias). logits_SV are unmodified and not out_SV.
+    """
+    x_E = logits_SV[bias.seqs_E, bias.ids_E] + bias.values_E
+    if penalties is not None:
+        rows_E = rows_S[bias.seqs_E]
+        x_E = _penalise(
+            x_E,
+            penalties.in_prompt_RV[rows_E, bias.ids_E],
+            penalties.output_counts_RV[rows_E, bias.ids_E],
+            penalties.repetition_S[bias.seqs_E],
+            penalties.presence_S[bias.seqs_E],
+            penalties.frequency_S[bias.seqs_E],
+        )
+    out_SV[bias.seqs_E, bias.ids_E] = x_E
+
+
+def _penalise(
+    x: Tensor,
+    in_prompt: Tensor,
+    counts: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
 ) -> Tensor:
-    """The three penalties as SamplingParams defines them; returns new logits."""
-    in_output_SV = output_counts_SV > 0
-    repetition_S1 = repetition_S.unsqueeze(1)
-    repeated_SV = torch.where(logits_SV > 0, logits_SV / repetition_S1, logits_SV * repetition_S1)
-    penalised_SV = torch.where(in_prompt_SV | in_output_SV, repeated_SV, logits_SV)
-    penalised_SV -= presence_S.unsqueeze(1) * in_output_SV
-    return penalised_SV.sub_(frequency_S.unsqueeze(1) * output_counts_SV)
+    in_output = counts > 0
+    repeated = torch.where(x > 0, x / repetition, x * repetition)
+    penalised = torch.where(in_prompt | in_output, repeated, x)
+    penalised -= presence * in_output
+    return penalised.sub_(frequency * counts)
+
+
+def record(ids_S: Tensor, rows_S: Tensor, positions_S: Tensor, output_counts_RV: Tensor) -> None:
+    """output_counts_RV[rows_S, ids_S] += 1. A row stands in rows_S at most once."""
+    is_row_S = rows_S >= 0
+    output_counts_RV[rows_S[is_row_S], ids_S[is_row_S]] += 1
 
 
 def greedy(logits_SV: Tensor) -> Tensor:
@@ -72,19 +125,10 @@ def sample(logits_SV: Tensor, temperature_S: Tensor, min_p_S: Tensor, uniform_S:
     """Draw from softmax(logits / temperature) without the tokens below min_p.
 
     The draw is the first token, in vocabulary order, at which the cumulated probability exceeds
-    the row's uniform number. temperature_S is above 0.
+    the row's uniform number.
     """
-    weights_SV = _weights(logits_SV, temperature_S)
-    weights_SV = weights_SV.masked_fill_(weights_SV < min_p_S.unsqueeze(1), 0.0)
-    blocks_SBX = _blocks(weights_SV, 0.0)
-    sums_SB = blocks_SBX.sum(-1, dtype=torch.float64)
-    cumulated_SB = sums_SB.cumsum(-1)
-    target_S1 = uniform_S.unsqueeze(1) * cumulated_SB[:, -1:]
-    last_block = sums_SB.shape[1] - 1
-    block_S1 = torch.searchsorted(cumulated_SB, target_S1, right=True).clamp_(max=last_block)
-    rest_S1 = target_S1 - (cumulated_SB - sums_SB).gather(1, block_S1)
-    inside_SX = _take_block(blocks_SBX, block_S1).cumsum(-1, dtype=torch.float64)
-    return (block_S1 * _BLOCK).squeeze(1) + _first_above(inside_SX, rest_S1)
+    rows = (logits_SV, temperature_S, min_p_S, uniform_S)
+    return _either(temperature_S == 0, _greedy_row, _draw, rows)
 
 
 def sample_filtered(
@@ -99,6 +143,65 @@ def sample_filtered(
 
     Of equally likely tokens the one with the lower id counts as likelier.
     """
+    is_plain_S = (temperature_S == 0) | ((top_k_S >= logits_SV.shape[1]) & (top_p_S >= 1))
+    rows = (logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, uniform_S)
+    return _either(is_plain_S, _sample_all, _draw_filtered, rows)
+
+
+def _either(
+    is_first_S: Tensor,
+    first: Callable[..., Tensor],
+    second: Callable[..., Tensor],
+    rows: tuple[Tensor, ...],
+) -> Tensor:
+    """Ids of `first` for the rows where it is true and of `second` for the others."""
+    if not is_first_S.any():
+        return second(*rows)
+    if is_first_S.all():
+        return first(*rows)
+    ids_S = torch.empty(len(is_first_S), dtype=torch.int64, device=is_first_S.device)
+    for chosen_S, function in ((is_first_S, first), (~is_first_S, second)):
+        ids_S[chosen_S] = function(*(parameter[chosen_S] for parameter in rows))
+    return ids_S
+
+
+def _greedy_row(logits_SV: Tensor, *parameters: Tensor) -> Tensor:
+    return greedy(logits_SV)
+
+
+def _sample_all(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    uniform_S: Tensor,
+) -> Tensor:
+    return sample(logits_SV, temperature_S, min_p_S, uniform_S)
+
+
+def _draw(logits_SV: Tensor, temperature_S: Tensor, min_p_S: Tensor, uniform_S: Tensor) -> Tensor:
+    weights_SV = _weights(logits_SV, temperature_S)
+    weights_SV = weights_SV.masked_fill_(weights_SV < min_p_S.unsqueeze(1), 0.0)
+    blocks_SBX = _blocks(weights_SV, 0.0)
+    sums_SB = blocks_SBX.sum(-1, dtype=torch.float64)
+    cumulated_SB = sums_SB.cumsum(-1)
+    target_S1 = uniform_S.unsqueeze(1) * cumulated_SB[:, -1:]
+    last_block = sums_SB.shape[1] - 1
+    block_S1 = torch.searchsorted(cumulated_SB, target_S1, right=True).clamp_(max=last_block)
+    rest_S1 = target_S1 - (cumulated_SB - sums_SB).gather(1, block_S1)
+    inside_SX = _take_block(blocks_SBX, block_S1).cumsum(-1, dtype=torch.float64)
+    return (block_S1 * _BLOCK).squeeze(1) + _first_above(inside_SX, rest_S1)
+
+
+def _draw_filtered(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    uniform_S: Tensor,
+) -> Tensor:
     vocab_size = logits_SV.shape[1]
     parameters = (logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, uniform_S)
     ids_S = torch.empty(logits_SV.shape[0], dtype=torch.int64, device=logits_SV.device)
@@ -152,15 +255,18 @@ def _sample_window(
     return ids_SW.gather(1, drawn_S.unsqueeze(1)).squeeze(1), is_exact_S
 
 
-def log_probs(logits_SV: Tensor, ids_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+def log_probs(
+    logits_SV: Tensor, ids_S: Tensor, asked_G: Tensor, num_top: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Natural logarithms of the probabilities of ids_S and of the num_top likeliest tokens.
 
-    Returns ([S], ids [S, num_top], [S, num_top]), likeliest first.
+    Of the rows asked_G alone: returns ([G], ids [G, num_top], [G, num_top]), likeliest first.
     """
-    norm_S1 = logits_SV.logsumexp(-1, keepdim=True)
-    top_logits_SK, top_ids_SK = logits_SV.topk(num_top, dim=-1)
-    drawn_S1 = logits_SV.gather(1, ids_S.unsqueeze(1))
-    return (drawn_S1 - norm_S1).squeeze(1), top_ids_SK, top_logits_SK - norm_S1
+    logits_GV = logits_SV[asked_G]
+    norm_G1 = logits_GV.logsumexp(-1, keepdim=True)
+    top_logits_GK, top_ids_GK = logits_GV.topk(num_top, dim=-1)
+    drawn_G1 = logits_GV.gather(1, ids_S[asked_G].unsqueeze(1))
+    return (drawn_G1 - norm_G1).squeeze(1), top_ids_GK, top_logits_GK - norm_G1
 
 
 def _weights(logits_SV: Tensor, temperature_S: Tensor) -> Tensor:

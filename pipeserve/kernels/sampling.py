@@ -170,36 +170,6 @@ def draw_kernel(
     tl.store(out_ptr + row, token_id.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit
-def _mix(x):
-    """splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014; Stafford's variant 13)."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def uniform_kernel(seeds_ptr, positions_ptr, out_ptr, num_rows, BLOCK: tl.constexpr):
-    rows_S = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seeds_S = tl.load(seeds_ptr + rows_S, rows_S < num_rows, other=0).to(tl.uint64)
-    positions_S = tl.load(positions_ptr + rows_S, rows_S < num_rows, other=0).to(tl.uint64)
-    hash_S = _mix(_mix(seeds_S) + positions_S * 0x9E3779B97F4A7C15)
-    # 53 bits fit a signed integer, which converts everywhere.
-    uniform_S = (hash_S >> 11).to(tl.int64).to(tl.float64) * (2.0**-53)
-    tl.store(out_ptr + rows_S, uniform_S, rows_S < num_rows)
-
-
-def uniform(seeds_S: Tensor, positions_S: Tensor) -> Tensor:
-    """One float64 in [0, 1) per row, with 53 random bits: a hash of (seed, position) alone."""
-    num_rows = seeds_S.shape[0]
-    out_S = torch.empty(num_rows, dtype=torch.float64, device=seeds_S.device)
-    if num_rows > 0:
-        uniform_kernel[(triton.cdiv(num_rows, 128),)](
-            seeds_S, positions_S, out_S, num_rows, BLOCK=128
-        )
-    return out_S
-
-
 def greedy(logits_SV: Tensor, *, out_S: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
     """The likeliest token of each row; of equals the one with the lowest id."""
     out_S = _ids_like(logits_SV) if out_S is None else out_S
@@ -412,17 +382,6 @@ AOT_CASES = (
         },
         constexprs={"BLOCK_C": 32},
         num_warps=1,
-    ),
-    AotCase(
-        name="uniform",
-        kernel=uniform_kernel,
-        signature={
-            "seeds_ptr": "*i64",
-            "positions_ptr": "*i32",
-            "out_ptr": "*fp64",
-            "num_rows": "i32",
-        },
-        constexprs={"BLOCK": 128},
     ),
     *_draw_cases(is_filtered=False),
     *_draw_cases(is_filtered=True),

@@ -3,7 +3,7 @@
 Two launches: every chunk of a row finds its own likeliest and its share of the normaliser, then
 one program per row merges them. Twin: reference_sampling.log_probs.
 
-Shapes: S rows, V vocabulary, C chunks of a row, K alternatives.
+Shapes: S rows, G rows that asked, V vocabulary, C chunks of a row, K alternatives.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -19,6 +19,8 @@ from pipeserve.kernels.aot import AotCase
 from pipeserve.kernels.sampling_row import chunk_sum, from_ordered_key, ordered_key
 
 _CHUNK = 4096
+_USUAL_TOP = 32
+"""Up to so many alternatives run the same compiled kernels."""
 
 
 @triton.jit
@@ -27,9 +29,10 @@ def _ranked(x, ids):
     return (ordered_key(x).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def chunk_top_kernel(
     logits_ptr,
+    asked_ptr,
     top_ptr,
     maxima_ptr,
     sums_ptr,
@@ -43,7 +46,8 @@ def chunk_top_kernel(
     chunk = tl.program_id(1)
     ids_X = chunk * CHUNK + tl.arange(0, CHUNK)
     is_token_X = ids_X < vocab_size
-    x_X = tl.load(logits_ptr + row * row_stride + ids_X, is_token_X, other=float("-inf"))
+    logits_ptr += tl.load(asked_ptr + row).to(tl.int64) * row_stride
+    x_X = tl.load(logits_ptr + ids_X, is_token_X, other=float("-inf"))
     highest = tl.max(x_X, 0)
     base = tl.where(highest == float("-inf"), 0.0, highest)
     slot = row * num_chunks + chunk
@@ -57,10 +61,11 @@ def chunk_top_kernel(
         ranked_X = tl.where(ranked_X == best, lowest, ranked_X)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def merge_top_kernel(
     logits_ptr,
     drawn_ptr,
+    asked_ptr,
     top_ptr,
     maxima_ptr,
     sums_ptr,
@@ -81,7 +86,8 @@ def merge_top_kernel(
     highest = tl.max(maxima_C, 0)
     total = tl.sum(sums_C * tl.exp(maxima_C - highest).to(tl.float64), 0)
     norm = highest + tl.log(total.to(tl.float32))
-    drawn = tl.load(logits_ptr + row * row_stride + tl.load(drawn_ptr + row))
+    asked = tl.load(asked_ptr + row).to(tl.int64)
+    drawn = tl.load(logits_ptr + asked * row_stride + tl.load(drawn_ptr + asked))
     tl.store(drawn_out_ptr + row, drawn - norm)
     lowest = tl.full((), -(2**63), tl.int64)
     entries_Y = tl.arange(0, BLOCK_CK)
@@ -98,29 +104,31 @@ def merge_top_kernel(
 
 
 def log_probs(
-    logits_SV: Tensor, ids_S: Tensor, num_top: int, *, chunk: int = _CHUNK
+    logits_SV: Tensor, ids_S: Tensor, asked_G: Tensor, num_top: int, *, chunk: int = _CHUNK
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Natural logarithms of the probabilities of ids_S and of the num_top likeliest tokens.
 
-    Returns ([S], ids [S, num_top], [S, num_top]), likeliest first and equals by id.
+    Of the rows asked_G alone: returns ([G], ids [G, num_top], [G, num_top]), likeliest first and
+    equals by id.
     """
     assert logits_SV.dtype == torch.float32 and logits_SV.stride(1) == 1, "float32 rows"
-    num_rows, vocab_size = logits_SV.shape
+    num_rows, vocab_size = asked_G.shape[0], logits_SV.shape[1]
     assert 0 <= num_top <= min(chunk, vocab_size), "alternatives are tokens of one chunk"
     num_chunks, device = triton.cdiv(vocab_size, chunk), logits_SV.device
-    drawn_S = torch.empty(num_rows, dtype=torch.float32, device=device)
-    top_ids_SK = torch.empty((num_rows, num_top), dtype=torch.int64, device=device)
-    top_SK = torch.empty((num_rows, num_top), dtype=torch.float32, device=device)
+    drawn_G = torch.empty(num_rows, dtype=torch.float32, device=device)
+    top_ids_GK = torch.empty((num_rows, num_top), dtype=torch.int64, device=device)
+    top_GK = torch.empty((num_rows, num_top), dtype=torch.float32, device=device)
     if num_rows == 0:
-        return drawn_S, top_ids_SK, top_SK
-    top_SCK = torch.empty((num_rows, num_chunks, num_top), dtype=torch.int64, device=device)
-    maxima_SC = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=device)
-    sums_SC = torch.empty((num_rows, num_chunks), dtype=torch.float64, device=device)
+        return drawn_G, top_ids_GK, top_GK
+    top_GCK = torch.empty((num_rows, num_chunks, num_top), dtype=torch.int64, device=device)
+    maxima_GC = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=device)
+    sums_GC = torch.empty((num_rows, num_chunks), dtype=torch.float64, device=device)
     chunk_top_kernel[(num_rows, num_chunks)](
         logits_SV,
-        top_SCK,
-        maxima_SC,
-        sums_SC,
+        asked_G,
+        top_GCK,
+        maxima_GC,
+        sums_GC,
         vocab_size,
         logits_SV.stride(0),
         num_chunks,
@@ -130,19 +138,20 @@ def log_probs(
     merge_top_kernel[(num_rows,)](
         logits_SV,
         ids_S,
-        top_SCK,
-        maxima_SC,
-        sums_SC,
-        drawn_S,
-        top_ids_SK,
-        top_SK,
+        asked_G,
+        top_GCK,
+        maxima_GC,
+        sums_GC,
+        drawn_G,
+        top_ids_GK,
+        top_GK,
         logits_SV.stride(0),
         num_chunks,
         num_top,
         BLOCK_C=triton.next_power_of_2(num_chunks),
-        BLOCK_CK=triton.next_power_of_2(num_chunks * max(num_top, 1)),
+        BLOCK_CK=triton.next_power_of_2(num_chunks * max(num_top, _USUAL_TOP)),
     )
-    return drawn_S, top_ids_SK, top_SK
+    return drawn_G, top_ids_GK, top_GK
 
 
 AOT_CASES = (
@@ -151,6 +160,7 @@ AOT_CASES = (
         kernel=chunk_top_kernel,
         signature={
             "logits_ptr": "*fp32",
+            "asked_ptr": "*i32",
             "top_ptr": "*i64",
             "maxima_ptr": "*fp32",
             "sums_ptr": "*fp64",
@@ -164,6 +174,7 @@ AOT_CASES = (
         signature={
             "logits_ptr": "*fp32",
             "drawn_ptr": "*i64",
+            "asked_ptr": "*i32",
             "top_ptr": "*i64",
             "maxima_ptr": "*fp32",
             "sums_ptr": "*fp64",

@@ -1,240 +1,151 @@
 """Sampler: logits of a step to token ids, by each row's own SamplingParams.
 
-Runs on the last stage's thread and owns what that stage knows of each row: parameters, seeds and
-penalty counts. Rows are grouped by what they need, so that plain rows do not pay for exotic ones.
+Runs on the last stage's thread and owns what that stage knows of each row. The host decides from
+the parameters which kernels a step needs, and waits for none of them.
 
-Shapes: S sampled rows of a step, G rows of a group, R all rows, V vocabulary, K alternatives.
+Shapes: S sampled rows of a step, R row slots, V vocabulary.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeserve.core.batch import IntArray, RowStart, StepLogprobs
+from pipeserve.core.batch import IntArray, RowStart
 from pipeserve.core.sampling import SamplingParams
-from pipeserve.kernels import reference_sampling as kernels
+from pipeserve.kernels.sampling_backend import SamplingBackend
+from pipeserve.kernels.sampling_state import Penalties
 from pipeserve.runtime.devices import int_tensor
-
-
-class Method(enum.Enum):
-    """How a row's token is found, cheapest first."""
-
-    GREEDY = enum.auto()
-    DRAW = enum.auto()
-    """From all tokens, or those above min_p."""
-    DRAW_FILTERED = enum.auto()
-    """After top-k or top-p, which need the tokens in order of likelihood."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _RowSampling:
-    params: SamplingParams
-    method: Method
-    num_prompt_tokens: int
-    bias_ids: Tensor
-    bias_values: Tensor
-    stop_ids: Tensor
-
-    def adjusts(self, position: int) -> bool:
-        """Whether the logits for the token at this position are changed before the draw."""
-        return self.params.has_penalties or len(self.bias_ids) > 0 or self.bans_stop(position)
-
-    def bans_stop(self, position: int) -> bool:
-        return position - self.num_prompt_tokens < self.params.min_tokens
+from pipeserve.runtime.row_parameters import Method, RowParameters, SamplingStep
+from pipeserve.runtime.sampled import AskedLogprobs, Drawn
+from pipeserve.runtime.step_tensors import Line
 
 
 class Sampler:
-    """Per-row parameters lie on the device under the row's number, set once by `start`."""
+    """What a row's token is does not depend on the other rows of the step.
 
-    def __init__(self, *, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    Memory on the device: nothing until the first row with penalties starts, then R * V * 5 bytes
+    for what rows have seen (336 MB for 256 rows of a vocabulary of 262,144). A step with
+    penalties or biased logits copies its logits besides, S * V * 4 bytes while it runs.
+    """
+
+    def __init__(
+        self, *, num_rows: int, vocab_size: int, device: torch.device, backend: SamplingBackend
+    ) -> None:
+        self._shape_RV = (num_rows, vocab_size)
         self._device = device
-        self._vocab_size = vocab_size
-        self._rows: list[_RowSampling | None] = [None] * num_rows
-        self._seeds_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._top_k_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._temperature_R, self._top_p_R, self._min_p_R = torch.zeros(3, num_rows, device=device)
-        self._penalties: _Penalties | None = None
+        self._kernels = backend
+        self._parameters = RowParameters(num_rows=num_rows, vocab_size=vocab_size, device=device)
+        self._seen: _SeenTokens | None = None
 
     def start(self, start: RowStart) -> None:
         """A sequence takes a row."""
-        row, params = start.row, start.sampling
-        self._rows[row] = self._prepare(start)
-        self._seeds_R[row] = params.seed
-        self._top_k_R[row] = self._vocab_size if params.top_k is None else params.top_k
-        self._temperature_R[row] = params.temperature
-        self._top_p_R[row] = params.top_p
-        self._min_p_R[row] = params.min_p
-        if params.has_penalties:
-            if self._penalties is None:
-                self._penalties = _Penalties(
-                    num_rows=len(self._rows), vocab_size=self._vocab_size, device=self._device
-                )
-            self._penalties.start(start)
+        self._parameters.start(start)
+        if start.sampling.has_penalties:
+            if self._seen is None:
+                self._seen = _SeenTokens(self._shape_RV, self._device)
+            self._seen.start(start)
 
-    def sample(
-        self, logits_SV: Tensor, rows_S: IntArray, positions_S: IntArray
-    ) -> tuple[Tensor, StepLogprobs | None]:
-        """Sample one token per row. positions_S: where in its sequence each token will stand."""
-        states = [self._state(row) for row in rows_S.tolist()]
-        rows_dev_S = int_tensor(rows_S, self._device)
-        adjusted_SV = self._adjust(logits_SV, states, rows_dev_S, positions_S.tolist())
-        positions_dev_S = int_tensor(positions_S, self._device)
-        ids_S = self._draw(adjusted_SV, states, rows_dev_S, positions_dev_S)
-        counted = _where(state.params.has_penalties for state in states)
-        if counted:
-            assert self._penalties is not None, "made when the first such row started"
-            self._penalties.count(rows_dev_S[counted], ids_S[counted])
-        return ids_S, _step_logprobs(logits_SV, ids_S, states)
+    def sample(self, logits_SV: Tensor, rows_S: IntArray, positions_S: IntArray) -> Drawn:
+        """Sample one token per row, and leave the logits as they are.
 
-    def _prepare(self, start: RowStart) -> _RowSampling:
-        params = start.sampling
-        bias = [(token, value) for token, value in params.logit_bias if self._has_logit(token)]
-        stops = [token for token in params.stop_token_ids if self._has_logit(token)]
-        return _RowSampling(
-            params=params,
-            method=_method(params, self._vocab_size),
-            num_prompt_tokens=start.num_prompt_tokens,
-            bias_ids=self._ids(token for token, _ in bias),
-            bias_values=torch.tensor([value for _, value in bias], device=self._device),
-            stop_ids=self._ids(stops),
+        positions_S: where in its sequence each token will stand.
+        """
+        step = self._parameters.step(rows_S, positions_S)
+        penalties = self._penalties(step)
+        ids_S = self._draw(self._adjust(logits_SV, step, penalties), step)
+        if penalties is not None:
+            rows = step.on_device
+            self._kernels.record(
+                ids_S, rows.longs(Line.ROWS), rows.ints(Line.POSITIONS), penalties.output_counts_RV
+            )
+        return Drawn(ids_S=ids_S, logprobs=self._log_probs(logits_SV, ids_S, step))
+
+    def _penalties(self, step: SamplingStep) -> Penalties | None:
+        """None where no row of the step has any."""
+        if not step.has_penalties:
+            return None
+        assert self._seen is not None, "made when the first such row started"
+        return Penalties(
+            in_prompt_RV=self._seen.in_prompt_RV,
+            output_counts_RV=self._seen.output_counts_RV,
+            repetition_S=step.on_device.floats(Line.REPETITION),
+            presence_S=step.on_device.floats(Line.PRESENCE),
+            frequency_S=step.on_device.floats(Line.FREQUENCY),
         )
 
-    def _has_logit(self, token_id: int) -> bool:
-        """Whether there is such a token: a bias on another one changes nothing."""
-        return 0 <= token_id < self._vocab_size
-
-    def _ids(self, token_ids: Iterable[int]) -> Tensor:
-        return torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
-
-    def _state(self, row: int) -> _RowSampling:
-        state = self._rows[row]
-        assert state is not None, f"row {row} samples before it was started"
-        return state
-
-    def _adjust(
-        self,
-        logits_SV: Tensor,
-        states: Sequence[_RowSampling],
-        rows_S: Tensor,
-        positions: Sequence[int],
-    ) -> Tensor:
-        """Bias, penalties and min_tokens; the given logits stay as they are."""
-        changed = _where(s.adjusts(p) for s, p in zip(states, positions, strict=True))
-        if not changed:
+    def _adjust(self, logits_SV: Tensor, step: SamplingStep, penalties: Penalties | None) -> Tensor:
+        """Bias, penalties and min_tokens."""
+        if penalties is None and not step.has_bias:
             return logits_SV
-        adjusted_SV = logits_SV.clone()
-        for index in changed:
-            state = states[index]
-            adjusted_SV[index].index_add_(0, state.bias_ids, state.bias_values)
-        penalised = _where(state.params.has_penalties for state in states)
-        if penalised:
-            assert self._penalties is not None, "made when the first such row started"
-            adjusted_SV[penalised] = self._penalties.apply(
-                adjusted_SV[penalised], rows_S[penalised]
-            )
-        for index in changed:
-            if states[index].bans_stop(positions[index]):
-                adjusted_SV[index, states[index].stop_ids] = float("-inf")
+        rows_S = step.on_device.longs(Line.ROWS)
+        if penalties is None:
+            adjusted_SV = logits_SV.clone()
+        else:
+            adjusted_SV = self._kernels.apply_penalties(logits_SV, rows_S, penalties)
+        if step.has_bias:
+            bias = step.on_device.bias()
+            self._kernels.apply_bias(logits_SV, adjusted_SV, bias, rows_S, penalties)
         return adjusted_SV
 
-    def _draw(
-        self,
-        logits_SV: Tensor,
-        states: Sequence[_RowSampling],
-        rows_S: Tensor,
-        positions_S: Tensor,
-    ) -> Tensor:
-        ids_S = torch.empty(len(states), dtype=torch.int64, device=self._device)
-        for method in Method:
-            group = _where(state.method is method for state in states)
-            if len(group) == len(states):
-                return self._draw_by(method, logits_SV, rows_S, positions_S)
-            if group:
-                ids_S[group] = self._draw_by(
-                    method, logits_SV[group], rows_S[group], positions_S[group]
-                )
-        return ids_S
+    def _draw(self, logits_SV: Tensor, step: SamplingStep) -> Tensor:
+        if step.method is Method.GREEDY:
+            return self._kernels.greedy(logits_SV)
+        rows = step.on_device
+        uniform_S = self._kernels.uniform(rows.longs(Line.SEEDS), rows.ints(Line.POSITIONS))
+        temperature_S, min_p_S = rows.floats(Line.TEMPERATURE), rows.floats(Line.MIN_P)
+        if step.method is Method.DRAW:
+            return self._kernels.sample(logits_SV, temperature_S, min_p_S, uniform_S)
+        top_k_S, top_p_S = rows.ints(Line.TOP_K), rows.floats(Line.TOP_P)
+        return self._kernels.sample_filtered(
+            logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, uniform_S
+        )
 
-    def _draw_by(
-        self, method: Method, logits_GV: Tensor, rows_G: Tensor, positions_G: Tensor
-    ) -> Tensor:
-        if method is Method.GREEDY:
-            return kernels.greedy(logits_GV)
-        uniform_G = kernels.uniform(self._seeds_R[rows_G], positions_G)
-        temperature_G, min_p_G = self._temperature_R[rows_G], self._min_p_R[rows_G]
-        if method is Method.DRAW:
-            return kernels.sample(logits_GV, temperature_G, min_p_G, uniform_G)
-        return kernels.sample_filtered(
-            logits_GV,
-            temperature_G,
-            self._top_k_R[rows_G],
-            self._top_p_R[rows_G],
-            min_p_G,
-            uniform_G,
+    def _log_probs(
+        self, logits_SV: Tensor, ids_S: Tensor, step: SamplingStep
+    ) -> AskedLogprobs | None:
+        if len(step.asked_G) == 0:
+            return None
+        token_G, top_ids_GK, top_GK = self._kernels.log_probs(
+            logits_SV, ids_S, step.on_device.ints(Line.ASKED), step.num_top
+        )
+        return AskedLogprobs(
+            asked_G=step.asked_G, token_G=token_G, top_ids_GK=top_ids_GK, top_GK=top_GK
         )
 
 
-class _Penalties:
-    """Which tokens each penalised row has seen. Made when the first such row starts."""
+def compile_kernels(*, vocab_size: int, device: torch.device, backend: SamplingBackend) -> None:
+    """On a GPU, run everything once, so that no sequence waits for the compiler when it is the
+    first to use a parameter. Takes seconds where the kernels are not in the compiler's cache."""
+    plain = SamplingParams(max_tokens=1, seed=0, num_logprobs=1)
+    cases = (
+        plain,
+        replace(plain, temperature=0.0, logit_bias=((0, 1.0),)),
+        replace(plain, top_p=0.5, presence_penalty=1.0),
+        replace(plain, top_p=0.5, presence_penalty=1.0, logit_bias=((0, 1.0),)),
+    )
+    sampler = Sampler(num_rows=1, vocab_size=vocab_size, device=device, backend=backend)
+    zero, logits_SV = np.zeros(1, dtype=np.int32), torch.zeros((1, vocab_size), device=device)
+    with torch.cuda.device(device):
+        for params in cases:
+            sampler.start(RowStart(row=0, sampling=params, token_ids=zero, num_prompt_tokens=1))
+            sampler.sample(logits_SV, zero, zero)
 
-    def __init__(self, *, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        self._in_prompt_RV = torch.zeros((num_rows, vocab_size), dtype=torch.bool, device=device)
-        self._counts_RV = torch.zeros((num_rows, vocab_size), dtype=torch.int32, device=device)
-        self._strengths_3R = torch.zeros((3, num_rows), device=device)
+
+class _SeenTokens:
+    """Which tokens the sequences of rows with penalties hold; other rows' lines mean nothing."""
+
+    def __init__(self, shape_RV: tuple[int, int], device: torch.device) -> None:
+        self.in_prompt_RV = torch.zeros(shape_RV, dtype=torch.bool, device=device)
+        self.output_counts_RV = torch.zeros(shape_RV, dtype=torch.int32, device=device)
 
     def start(self, start: RowStart) -> None:
-        row, params = start.row, start.sampling
-        token_ids = int_tensor(start.token_ids, self._counts_RV.device)
+        device = self.in_prompt_RV.device
+        token_ids = int_tensor(start.token_ids, device)
         prompt, output = token_ids.tensor_split([start.num_prompt_tokens])
-        self._in_prompt_RV[row].zero_()[prompt] = True
-        self._counts_RV[row] = torch.bincount(output, minlength=self._counts_RV.shape[1])
-        strengths = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        self._strengths_3R[:, row] = torch.tensor(strengths)
-
-    def apply(self, logits_GV: Tensor, rows_G: Tensor) -> Tensor:
-        return kernels.apply_penalties(
-            logits_GV,
-            self._in_prompt_RV[rows_G],
-            self._counts_RV[rows_G],
-            *self._strengths_3R[:, rows_G],
-        )
-
-    def count(self, rows_G: Tensor, token_ids_G: Tensor) -> None:
-        self._counts_RV[rows_G, token_ids_G] += 1
-
-
-def _method(params: SamplingParams, vocab_size: int) -> Method:
-    if params.is_greedy:
-        return Method.GREEDY
-    if params.top_p < 1.0 or (params.top_k is not None and params.top_k < vocab_size):
-        return Method.DRAW_FILTERED
-    return Method.DRAW
-
-
-def _where(facts: Iterable[bool]) -> list[int]:
-    return [index for index, is_true in enumerate(facts) if is_true]
-
-
-def _step_logprobs(
-    logits_SV: Tensor, ids_S: Tensor, states: Sequence[_RowSampling]
-) -> StepLogprobs | None:
-    """Computed for the rows that asked; the lines of the others hold zeros."""
-    asked = _where(state.params.num_logprobs is not None for state in states)
-    if not asked:
-        return None
-    num_top = max(state.params.num_logprobs or 0 for state in states)
-    of_token_G, top_ids_GK, top_GK = kernels.log_probs(
-        logits_SV[asked], ids_S[asked], min(num_top, logits_SV.shape[1])
-    )
-    shape = (len(states), top_ids_GK.shape[1])
-    token_S = np.zeros(len(states), dtype=np.float32)
-    top_ids_SK, top_SK = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
-    token_S[asked] = of_token_G.cpu().numpy()
-    top_ids_SK[asked], top_SK[asked] = top_ids_GK.cpu().numpy(), top_GK.cpu().numpy()
-    return StepLogprobs(token_S=token_S, top_ids_SK=top_ids_SK, top_SK=top_SK)
+        self.in_prompt_RV[start.row].zero_().index_fill_(0, prompt, True)
+        ones = torch.ones(output.shape, dtype=torch.int32, device=device)
+        self.output_counts_RV[start.row].zero_().index_add_(0, output, ones)

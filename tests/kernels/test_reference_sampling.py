@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeserve.kernels import reference_sampling as kernels
+from pipeserve.kernels.sampling_state import BiasEntries, Penalties
 
 
 def uniform_by_hand(seed: int, position: int) -> float:
@@ -181,30 +182,95 @@ def test_draws_follow_the_probabilities(is_filtered: bool) -> None:
     assert chi_square < (24.3 if is_filtered else 31.3)
 
 
+STRENGTHS = [[1.3, 0.0, 0.0], [1.0, 0.7, 0.4], [1.0, 0.0, 0.0], [0.8, -1.0, 1.5]]
+ROW_SLOTS = [4, 0, 2, 3]
+
+
+def some_penalties() -> Penalties:
+    """Of five row slots and 40 tokens; for a step of four rows, one of which has none."""
+    repetition, presence, frequency = torch.tensor(STRENGTHS).T
+    return Penalties(
+        in_prompt_RV=torch.rand(5, 40) < 0.3,
+        output_counts_RV=(torch.randint(-6, 4, (5, 40))).clamp(min=0).int(),
+        repetition_S=repetition,
+        presence_S=presence,
+        frequency_S=frequency,
+    )
+
+
+def penalised_by_hand(value: float, seq: int, token: int, penalties: Penalties) -> float:
+    row, (repetition, presence, frequency) = ROW_SLOTS[seq], STRENGTHS[seq]
+    count = int(penalties.output_counts_RV[row, token])
+    if penalties.in_prompt_RV[row, token] or count > 0:
+        value = value / repetition if value > 0 else value * repetition
+    return value - presence * (count > 0) - frequency * count
+
+
 def test_penalties_equal_the_definition() -> None:
-    logits = torch.randn(3, 40)
-    in_prompt = torch.rand(3, 40) < 0.3
-    counts = torch.randint(0, 4, (3, 40), dtype=torch.int32) * (torch.rand(3, 40) < 0.3)
-    strengths = [[1.3, 0.0, 0.0], [1.0, 0.7, 0.4], [0.8, -1.0, 1.5]]
-    repetition, presence, frequency = torch.tensor(strengths).T
+    logits, penalties = torch.randn(4, 40), some_penalties()
     before = logits.clone()
-    ours = kernels.apply_penalties(logits, in_prompt, counts, repetition, presence, frequency)
-    for row in range(3):
+    ours = kernels.apply_penalties(logits, torch.tensor(ROW_SLOTS), penalties)
+    for seq in range(4):
         for token in range(40):
-            value = float(before[row, token])
-            count = int(counts[row, token])
-            if in_prompt[row, token] or count > 0:
-                factor = strengths[row][0]
-                value = value / factor if value > 0 else value * factor
-            value -= strengths[row][1] * (count > 0) + strengths[row][2] * count
-            assert float(ours[row, token]) == pytest.approx(value, abs=1e-5)
+            expected = penalised_by_hand(float(before[seq, token]), seq, token, penalties)
+            assert float(ours[seq, token]) == pytest.approx(expected, abs=1e-5)
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("has_penalties", [False, True])
+def test_bias_comes_before_penalties(has_penalties: bool) -> None:
+    logits, penalties = torch.randn(4, 40), some_penalties()
+    before, rows = logits.clone(), torch.tensor(ROW_SLOTS)
+    entries = {(0, 3): 2.5, (0, 39): -1.0, (3, 3): float("-inf"), (2, 0): 0.5}
+    bias = BiasEntries(
+        seqs_E=torch.tensor([seq for seq, _ in entries], dtype=torch.int32),
+        ids_E=torch.tensor([token for _, token in entries], dtype=torch.int32),
+        values_E=torch.tensor(list(entries.values())),
+    )
+    ours = kernels.apply_penalties(logits, rows, penalties) if has_penalties else logits.clone()
+    kernels.apply_bias(logits, ours, bias, rows, penalties if has_penalties else None)
+    for seq in range(4):
+        for token in range(40):
+            expected = float(before[seq, token]) + entries.get((seq, token), 0.0)
+            if has_penalties:
+                expected = penalised_by_hand(expected, seq, token, penalties)
+            assert float(ours[seq, token]) == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_mixed_rows_draw_what_each_kind_draws_alone(is_filtered: bool) -> None:
+    logits = torch.randn(30, 400)
+    temperature = torch.tensor([0.0, 0.7, 1.3]).repeat(10)
+    u, zeros = torch.rand(30, dtype=torch.float64), torch.zeros(30)
+    plain = kernels.sample(logits[1::3], temperature[1::3], zeros[1::3], u[1::3])
+    if is_filtered:
+        top_k = torch.tensor([3, 400, 5]).repeat(10)
+        arguments = (logits, temperature, top_k, torch.ones(30), zeros, u)
+        mixed = kernels.sample_filtered(*arguments)
+        last = kernels.sample_filtered(*(argument[2::3] for argument in arguments))
+    else:
+        mixed = kernels.sample(logits, temperature, zeros, u)
+        last = kernels.sample(logits[2::3], temperature[2::3], zeros[2::3], u[2::3])
+    assert mixed[::3].tolist() == logits[::3].argmax(1).tolist()
+    assert mixed[1::3].tolist() == plain.tolist()
+    assert mixed[2::3].tolist() == last.tolist()
+
+
+def test_record_counts_and_leaves_fillers_alone() -> None:
+    counts = torch.zeros(4, 9, dtype=torch.int32)
+    positions = torch.zeros(3, dtype=torch.int32)
+    for _ in range(2):
+        kernels.record(torch.tensor([8, 1, 5]), torch.tensor([3, -1, 0]), positions, counts)
+    assert counts.nonzero().tolist() == [[0, 5], [3, 8]]
+    assert int(counts.sum()) == 4
+
+
 def test_log_probs() -> None:
-    logits = torch.randn(3, 50)
-    of_token, top_ids, top = kernels.log_probs(logits, torch.tensor([4, 0, 49]), 5)
-    expected = logits.double().log_softmax(-1)
+    logits = torch.randn(5, 50)
+    ids, asked = torch.tensor([4, 7, 0, 7, 49]), torch.tensor([0, 2, 4], dtype=torch.int32)
+    of_token, top_ids, top = kernels.log_probs(logits, ids, asked, 5)
+    expected = logits[::2].double().log_softmax(-1)
     torch.testing.assert_close(of_token.double(), expected[[0, 1, 2], [4, 0, 49]])
     assert torch.equal(top_ids, expected.argsort(descending=True)[:, :5])
     torch.testing.assert_close(top.double(), expected.sort(descending=True).values[:, :5])

@@ -9,7 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is a development dependency on the CPU")
 
 from pipeserve.kernels import reference_sampling as twin
-from pipeserve.kernels import sampling, sampling_adjust, sampling_logprobs
+from pipeserve.kernels import sampling, sampling_adjust, sampling_logprobs, sampling_uniform
+from pipeserve.kernels.sampling_state import BiasEntries, Penalties
 
 V = 700
 CHUNK = 256
@@ -41,8 +42,8 @@ def test_uniform_is_the_twins(device: torch.device) -> None:
     seeds_S = torch.randint(0, 2**63 - 1, (200,), device=device)
     positions_S = torch.randint(0, 100_000, (200,), device=device)
     expected = twin.uniform(seeds_S, positions_S)
-    assert torch.equal(sampling.uniform(seeds_S, positions_S), expected)
-    assert torch.equal(sampling.uniform(seeds_S, positions_S.int()), expected)
+    assert torch.equal(sampling_uniform.uniform(seeds_S, positions_S), expected)
+    assert torch.equal(sampling_uniform.uniform(seeds_S, positions_S.int()), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,78 +120,89 @@ def test_a_draw_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_filtered_is_drawn_as_by_sample(kind: str, device: torch.device) -> None:
+    logits_SV = logits_like(kind, 6, device)
+    temperature_S = torch.tensor([1.0, 0.3, 2.0, 0.7, 0.0, 1.0], device=device)
+    min_p_S = torch.tensor([0.0, 0.1, 0.0, 0.01, 0.0, 0.0], device=device)
+    uniform_S = torch.rand(6, dtype=torch.float64).to(device)
+    top_k_S = torch.tensor([V, V, V, V, 3, 3], device=device, dtype=torch.int32)
+    filtered = sampling.sample_filtered(
+        logits_SV,
+        temperature_S,
+        top_k_S,
+        torch.ones(6, device=device),
+        min_p_S,
+        uniform_S,
+        chunk=CHUNK,
+    )
+    plain = sampling.sample(logits_SV, temperature_S, min_p_S, uniform_S, chunk=CHUNK)
+    assert torch.equal(filtered[:5], plain[:5])
+
+
 @pytest.mark.parametrize("kind", ["plain", "ties", "masked"])
 def test_log_probs(kind: str, device: torch.device) -> None:
-    logits_SV = logits_like(kind, 3, device)
+    logits_SV = logits_like(kind, 5, device)
     logits_SV[:, [3, 300, 699]] = 2.0
-    ids_S = torch.tensor([3, 300, 699], device=device)
-    of_token, top_ids, top = sampling_logprobs.log_probs(logits_SV, ids_S, 5, chunk=CHUNK)
-    expected_token, _, expected_top = twin.log_probs(logits_SV, ids_S, 5)
+    ids_S = torch.tensor([3, 0, 300, 699, 1], device=device)
+    asked_G = torch.tensor([0, 2, 3], dtype=torch.int32, device=device)
+    of_token, top_ids, top = sampling_logprobs.log_probs(logits_SV, ids_S, asked_G, 5, chunk=CHUNK)
+    expected_token, _, expected_top = twin.log_probs(logits_SV, ids_S, asked_G, 5)
     torch.testing.assert_close(of_token, expected_token, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(top, expected_top, atol=1e-5, rtol=1e-5)
-    order = torch.sort(logits_SV, dim=-1, descending=True, stable=True).indices
+    order = torch.sort(logits_SV[asked_G], dim=-1, descending=True, stable=True).indices
     assert torch.equal(top_ids, order[:, :5])
 
 
-def penalty_state(device: torch.device) -> sampling_adjust.PenaltyState:
-    return sampling_adjust.PenaltyState(
+ROW_SLOTS = (4, 0, 5, 2)
+
+
+def some_penalties(device: torch.device) -> Penalties:
+    """Of six row slots, for a step of four rows, one of which has none."""
+    return Penalties(
         in_prompt_RV=(torch.rand(6, V) < 0.2).to(device),
         output_counts_RV=(torch.randint(-6, 4, (6, V)).clamp(min=0)).to(device, torch.int32),
-        repetition_R=torch.tensor([1.0, 1.3, 0.8, 1.0, 2.0, 1.0], device=device),
-        presence_R=torch.tensor([0.0, 0.5, -1.0, 0.7, 0.0, 0.0], device=device),
-        frequency_R=torch.tensor([0.0, 0.1, 0.0, 0.0, -2.0, 0.3], device=device),
-    )
-
-
-def penalised(logits_SV: Tensor, state: sampling_adjust.PenaltyState, rows_S: Tensor) -> Tensor:
-    return twin.apply_penalties(
-        logits_SV,
-        state.in_prompt_RV[rows_S],
-        state.output_counts_RV[rows_S],
-        state.repetition_R[rows_S],
-        state.presence_R[rows_S],
-        state.frequency_R[rows_S],
+        repetition_S=torch.tensor([1.3, 1.0, 0.8, 1.0], device=device),
+        presence_S=torch.tensor([0.5, 0.0, -1.0, 0.7], device=device),
+        frequency_S=torch.tensor([0.1, 0.0, 0.0, -2.0], device=device),
     )
 
 
 def test_apply_penalties(device: torch.device) -> None:
-    logits_SV = logits_like("masked", 5, device)
-    state = penalty_state(device)
-    rows_S = torch.tensor([4, 0, -1, 5, 2], device=device)
-    found = sampling_adjust.apply_penalties(logits_SV, rows_S, state)
-    expected = penalised(logits_SV, state, rows_S)
-    expected[2] = logits_SV[2]
-    torch.testing.assert_close(found, expected)
+    logits_SV, penalties = logits_like("masked", 4, device), some_penalties(device)
+    rows_S = torch.tensor(ROW_SLOTS, device=device)
+    rows_S[3] = -1
+    before_SV = logits_SV.clone()
+    found = sampling_adjust.apply_penalties(logits_SV, rows_S, penalties)
+    torch.testing.assert_close(found, twin.apply_penalties(logits_SV, rows_S, penalties))
+    assert torch.equal(found[[1, 3]], logits_SV[[1, 3]])
+    assert not torch.equal(found[[0, 2]], logits_SV[[0, 2]])
+    assert torch.equal(logits_SV, before_SV)
 
 
 @pytest.mark.parametrize("has_penalties", [False, True])
-def test_apply_lists(has_penalties: bool, device: torch.device) -> None:
-    logits_SV = logits_like("plain", 3, device)
-    rows_S = torch.tensor([4, -1, 1], device=device)
-    bias_ids_RE = torch.full((6, 3), -1)
-    bias_ids_RE[4] = torch.tensor([7, 699, -1])
-    bias_ids_RE[1] = torch.tensor([0, 7, 9])
-    stop_ids_RE = torch.tensor([[2, 7]]).repeat(6, 1)
-    lists = sampling_adjust.LogitLists(
-        bias_ids_RE=bias_ids_RE.to(device),
-        bias_values_RE=torch.full((6, 3), 4.5, device=device),
-        stop_ids_RE=stop_ids_RE.to(device),
-        first_stop_positions_R=torch.full((6,), 10, device=device),
+def test_apply_bias(has_penalties: bool, device: torch.device) -> None:
+    logits_SV, rows_S = logits_like("plain", 4, device), torch.tensor(ROW_SLOTS, device=device)
+    penalties = some_penalties(device) if has_penalties else None
+    num_entries = 300  # of more than one program
+    places = torch.randperm(3 * V)[:num_entries]
+    values_E = torch.randn(num_entries)
+    values_E[::7] = -INFINITY
+    bias = BiasEntries(
+        seqs_E=(places // V).to(device, torch.int32),
+        ids_E=(places % V).to(device, torch.int32),
+        values_E=values_E.to(device),
     )
-    state = penalty_state(device) if has_penalties else None
-    biased_SV = logits_SV.clone()
-    biased_SV[0, [7, 699]] += 4.5
-    biased_SV[2, [0, 7, 9]] += 4.5
-    out_SV = logits_SV.clone()
-    expected = biased_SV
-    if state is not None:
-        sampling_adjust.apply_penalties(logits_SV, rows_S, state, out_SV=out_SV)
-        expected = penalised(biased_SV, state, rows_S)
-        expected[1] = logits_SV[1]
-    expected[2, [2, 7]] = -INFINITY
-    positions_S = torch.tensor([10, 3, 9], device=device)
-    sampling_adjust.apply_lists(logits_SV, out_SV, rows_S, positions_S, lists, state)
-    torch.testing.assert_close(out_SV, expected)
+    outs = [
+        logits_SV.clone()
+        if penalties is None
+        else sampling_adjust.apply_penalties(logits_SV, rows_S, penalties)
+        for _ in range(2)
+    ]
+    sampling_adjust.apply_bias(logits_SV, outs[0], bias, rows_S, penalties)
+    twin.apply_bias(logits_SV, outs[1], bias, rows_S, penalties)
+    torch.testing.assert_close(outs[0], outs[1])
+    assert int((outs[0] == -INFINITY).sum()) == len(values_E[::7])
 
 
 def test_record(device: torch.device) -> None:

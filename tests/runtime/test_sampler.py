@@ -8,6 +8,8 @@ import torch
 
 from pipeserve.core.batch import RowStart
 from pipeserve.core.sampling import SamplingParams
+from pipeserve.kernels.sampling_backend import REFERENCE
+from pipeserve.runtime.sampled import to_host
 from pipeserve.runtime.sampler import Sampler
 from tests.kernels.test_reference_sampling import draw_by_hand, uniform_by_hand
 
@@ -58,7 +60,12 @@ def start(row: int, sampling: SamplingParams, output: list[int] | None = None) -
 
 
 def make_sampler(num_rows: int = 20) -> Sampler:
-    return Sampler(num_rows=num_rows, vocab_size=VOCAB_SIZE, device=torch.device("cpu"))
+    return Sampler(
+        num_rows=num_rows,
+        vocab_size=VOCAB_SIZE,
+        device=torch.device("cpu"),
+        backend=REFERENCE,
+    )
 
 
 def logits_of_step(step: int, num_rows: int) -> torch.Tensor:
@@ -105,8 +112,8 @@ def run(sampler: Sampler, rows: list[int], num_steps: int, first: int = 0) -> li
     row_array = np.array(rows, dtype=np.int32)
     for step in range(first, first + num_steps):
         positions = np.full(len(rows), len(PROMPT) + step, dtype=np.int32)
-        ids, _ = sampler.sample(logits_of_step(step, len(rows)), row_array, positions)
-        for output, token in zip(outputs, ids.tolist(), strict=True):
+        drawn = sampler.sample(logits_of_step(step, len(rows)), row_array, positions)
+        for output, token in zip(outputs, drawn.ids_S.tolist(), strict=True):
             output.append(token)
     return outputs
 
@@ -180,9 +187,9 @@ def test_seeds_and_positions_decide_the_draw() -> None:
 def test_penalties_take_no_memory_before_they_are_used() -> None:
     sampler = make_sampler()
     sampler.start(start(0, params()))
-    assert sampler._penalties is None
+    assert sampler._seen is None
     sampler.start(start(1, params(presence_penalty=0.1)))
-    assert sampler._penalties is not None
+    assert sampler._seen is not None
 
 
 def test_logprobs_are_of_the_unmodified_logits() -> None:
@@ -193,7 +200,8 @@ def test_logprobs_are_of_the_unmodified_logits() -> None:
     logits = logits_of_step(0, 3)
     before = logits.clone()
     rows, positions = np.arange(3, dtype=np.int32), np.full(3, 4, dtype=np.int32)
-    ids, logprobs = sampler.sample(logits, rows, positions)
+    sampled = to_host(sampler.sample(logits, rows, positions))
+    ids, logprobs = sampled.token_ids(), sampled.step_logprobs()
     assert torch.equal(logits, before)
     assert ids[0] == 50
     expected = logits.double().log_softmax(-1).numpy()
@@ -208,10 +216,11 @@ def test_logprobs_are_of_the_unmodified_logits() -> None:
 def test_no_logprobs_where_nobody_asked() -> None:
     sampler = make_sampler()
     sampler.start(start(0, params()))
-    _, logprobs = sampler.sample(
+    drawn = sampler.sample(
         logits_of_step(0, 1), np.zeros(1, dtype=np.int32), np.full(1, 4, dtype=np.int32)
     )
-    assert logprobs is None
+    assert drawn.logprobs is None
+    assert to_host(drawn).step_logprobs() is None
 
 
 def test_a_seed_may_use_all_63_bits() -> None:

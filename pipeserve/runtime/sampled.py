@@ -1,0 +1,98 @@
+"""Sampled: what the last stage made of a step, on its way from the device to the host.
+
+Started on the last stage's thread and read on whichever thread may wait for it.
+
+Shapes: S sampled rows of a step, G rows of them that asked for log-probabilities, K alternatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeserve.core.batch import IntArray, StepLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AskedLogprobs:
+    """Log-probabilities of the rows that asked, on the device or on the host."""
+
+    asked_G: IntArray
+    """Which rows of the step: from 0 to S - 1."""
+    token_G: Tensor
+    top_ids_GK: Tensor
+    top_GK: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Drawn:
+    """A step's tokens on the device."""
+
+    ids_S: Tensor
+    """int64."""
+    logprobs: AskedLogprobs | None
+    """None where no row asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sampled:
+    """A token for every row with samples_S.
+
+    Of a GPU it is on its way to the host: reading it waits, so not on a stage's thread.
+    """
+
+    ids_S: Tensor
+    """Integers on the host."""
+    arrived: torch.cuda.Event | None
+    """Recorded behind the copies; None where they are done."""
+    logprobs: AskedLogprobs | None
+    """On the host."""
+
+    def token_ids(self) -> IntArray:
+        """Wait for the ids."""
+        self._wait()
+        return self.ids_S.numpy().astype(np.int32)
+
+    def step_logprobs(self) -> StepLogprobs | None:
+        """Wait for what the rows asked for; the lines of the others hold zeros."""
+        if self.logprobs is None:
+            return None
+        self._wait()
+        asked_G, num_rows = self.logprobs.asked_G, len(self.ids_S)
+        shape = (num_rows, self.logprobs.top_GK.shape[1])
+        token_S = np.zeros(num_rows, dtype=np.float32)
+        top_ids_SK, top_SK = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
+        token_S[asked_G] = self.logprobs.token_G.numpy()
+        top_ids_SK[asked_G] = self.logprobs.top_ids_GK.numpy()
+        top_SK[asked_G] = self.logprobs.top_GK.numpy()
+        return StepLogprobs(token_S=token_S, top_ids_SK=top_ids_SK, top_SK=top_SK)
+
+    def _wait(self) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+
+
+def to_host(drawn: Drawn) -> Sampled:
+    """Start the copies, behind the device's work on the current stream; waits for nothing."""
+    logprobs = drawn.logprobs
+    if drawn.ids_S.device.type == "cpu":
+        return Sampled(ids_S=drawn.ids_S, arrived=None, logprobs=logprobs)
+    ids_S = _pinned_copy(drawn.ids_S)
+    if logprobs is not None:
+        logprobs = replace(
+            logprobs,
+            token_G=_pinned_copy(logprobs.token_G),
+            top_ids_GK=_pinned_copy(logprobs.top_ids_GK),
+            top_GK=_pinned_copy(logprobs.top_GK),
+        )
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(drawn.ids_S.device))
+    return Sampled(ids_S=ids_S, arrived=arrived, logprobs=logprobs)
+
+
+def _pinned_copy(tensor: Tensor) -> Tensor:
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
