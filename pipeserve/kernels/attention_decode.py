@@ -23,14 +23,12 @@ from torch import Tensor
 from pipeserve.kernels.aot import AotCase
 from pipeserve.kernels.attention_tile import (
     LOG2_E,
-    attend_tile,
+    NO_WINDOW,
+    attend_range,
+    check_cache,
     has_ptx_assembly,
-    load_blocks,
-    load_scales,
 )
 
-NO_WINDOW = 2**30
-"""A window that no context reaches."""
 _WANTED_PROGRAMS = 1024
 _MAX_SEGMENTS = 32
 _MIN_SEGMENTS = 8
@@ -115,51 +113,14 @@ def decode_segments_kernel(
         q_MH = q_MH.to(k_ptr.dtype.element_ty)
     m_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_M = tl.zeros((BLOCK_M,), tl.float32)
-    acc_MH = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     first_M = tl.zeros((BLOCK_M,), tl.int32) + first
     last_M = tl.zeros((BLOCK_M,), tl.int32) + (end - 1)
-    table_row_ptr = table_ptr + seq * table_stride
-    block_L = load_blocks(table_row_ptr, start, end, TILE, PAGE)
-    k_scale_L = load_scales(
-        k_scale_ptr, block_L, start, end, kv_head, num_kv_heads, TILE, PAGE, IS_INT8
-    )
-    v_scale_L = load_scales(
-        v_scale_ptr, block_L, start, end, kv_head, num_kv_heads, TILE, PAGE, IS_INT8
-    )
-    for tile_start in range(start, end, TILE):
-        m_M, l_M, acc_MH, block_L, k_scale_L, v_scale_L = attend_tile(
-            q_MH,
-            m_M,
-            l_M,
-            acc_MH,
-            block_L,
-            k_scale_L,
-            v_scale_L,
-            k_ptr,
-            v_ptr,
-            k_scale_ptr,
-            v_scale_ptr,
-            table_row_ptr,
-            kv_head,
-            tile_start,
-            end,
-            first_M,
-            last_M,
-            scale_log2,
-            cap_log2,
-            stride_block,
-            stride_token,
-            stride_head,
-            num_kv_heads,
-            HEAD_DIM,
-            BLOCK_H,
-            TILE,
-            PAGE,
-            IS_INT8,
-            HAS_SOFT_CAP,
-            True,
-            ASM,
-        )
+    m_M, l_M, acc_MH = attend_range(
+        q_MH, m_M, l_M, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr + seq * table_stride,
+        kv_head, start, start, end, first_M, last_M, scale_log2, cap_log2, stride_block,
+        stride_token, stride_head, num_kv_heads, BLOCK_M, HEAD_DIM, BLOCK_H, TILE, PAGE, IS_INT8,
+        HAS_SOFT_CAP, False, False, ASM,
+    )  # fmt: skip
     slot_M = (seq * num_kv_heads * GROUP + heads_M) * NUM_SEGMENTS + segment
     partial_ptr_MH = partial_ptr + slot_M[:, None] * HEAD_DIM + dims_H[None, :]
     tl.store(partial_ptr_MH, acc_MH / l_M[:, None], is_q_MH)
@@ -324,26 +285,6 @@ def paged_attention_decode(
         num_warps=2,
     )
     return out_SNH
-
-
-def check_cache(
-    q_TNH: Tensor,
-    k_cache_BPKH: Tensor,
-    v_cache_BPKH: Tensor,
-    k_scale_BKP: Tensor | None,
-    v_scale_BKP: Tensor | None,
-    block_table_SB: Tensor,
-) -> None:
-    """Assert the layouts that the kernels' address arithmetic relies on."""
-    assert q_TNH.stride(2) == 1, "the head dim of the queries is contiguous"
-    assert k_cache_BPKH.stride(3) == 1, "the head dim of the cache is contiguous"
-    assert k_cache_BPKH.stride() == v_cache_BPKH.stride(), "keys and values lie alike"
-    assert block_table_SB.stride(1) == 1, "a row of the block table is contiguous"
-    assert q_TNH.shape[1] % k_cache_BPKH.shape[2] == 0, "query heads share kv heads evenly"
-    is_int8 = k_cache_BPKH.dtype == torch.int8
-    for scale in (k_scale_BKP, v_scale_BKP):
-        assert (scale is not None) == is_int8, "int8 caches, and they alone, have scales"
-        assert scale is None or scale.is_contiguous(), "scales are contiguous [B, K, P]"
 
 
 def _aot_case(name: str, *, kv: str, head_dim: int, group: int, tile: int) -> AotCase:

@@ -20,13 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeserve.kernels.aot import AotCase
-from pipeserve.kernels.attention_decode import NO_WINDOW, check_cache
 from pipeserve.kernels.attention_tile import (
     LOG2_E,
-    attend_tile,
+    NO_WINDOW,
+    attend_range,
+    check_cache,
     has_ptx_assembly,
-    load_blocks,
-    load_scales,
 )
 
 _HOPPER_SHARED_BYTES = 160 * 1024
@@ -119,87 +118,17 @@ def prefill_kernel(
     if HAS_SINKS:
         m_M = tl.load(sinks_ptr + heads_M).to(tl.float32) * 1.4426950408889634
         l_M += 1.0
-    acc_MH = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     end = first_position + num_queries
     start = tl.maximum(first_position - window + 1, 0) // TILE * TILE
     # Tiles that every query sees whole go first and without masks.
     whole_end = (first_position + 1) // TILE * TILE
     table_row_ptr = table_ptr + seq.to(tl.int64) * table_stride
-    block_L = load_blocks(table_row_ptr, start, end, TILE, PAGE)
-    k_scale_L = load_scales(
-        k_scale_ptr, block_L, start, end, kv_head, num_kv_heads, TILE, PAGE, IS_INT8
-    )
-    v_scale_L = load_scales(
-        v_scale_ptr, block_L, start, end, kv_head, num_kv_heads, TILE, PAGE, IS_INT8
-    )
-    for tile_start in range(start, whole_end, TILE):
-        m_M, l_M, acc_MH, block_L, k_scale_L, v_scale_L = attend_tile(
-            q_MH,
-            m_M,
-            l_M,
-            acc_MH,
-            block_L,
-            k_scale_L,
-            v_scale_L,
-            k_ptr,
-            v_ptr,
-            k_scale_ptr,
-            v_scale_ptr,
-            table_row_ptr,
-            kv_head,
-            tile_start,
-            end,
-            first_M,
-            last_M,
-            scale_log2,
-            cap_log2,
-            stride_block,
-            stride_token,
-            stride_head,
-            num_kv_heads,
-            HEAD_DIM,
-            BLOCK_H,
-            TILE,
-            PAGE,
-            IS_INT8,
-            HAS_SOFT_CAP,
-            HAS_WINDOW,
-            ASM,
-        )
-    for tile_start in range(whole_end, end, TILE):
-        m_M, l_M, acc_MH, block_L, k_scale_L, v_scale_L = attend_tile(
-            q_MH,
-            m_M,
-            l_M,
-            acc_MH,
-            block_L,
-            k_scale_L,
-            v_scale_L,
-            k_ptr,
-            v_ptr,
-            k_scale_ptr,
-            v_scale_ptr,
-            table_row_ptr,
-            kv_head,
-            tile_start,
-            end,
-            first_M,
-            last_M,
-            scale_log2,
-            cap_log2,
-            stride_block,
-            stride_token,
-            stride_head,
-            num_kv_heads,
-            HEAD_DIM,
-            BLOCK_H,
-            TILE,
-            PAGE,
-            IS_INT8,
-            HAS_SOFT_CAP,
-            True,
-            ASM,
-        )
+    m_M, l_M, acc_MH = attend_range(
+        q_MH, m_M, l_M, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_row_ptr,
+        kv_head, start, whole_end, end, first_M, last_M, scale_log2, cap_log2, stride_block,
+        stride_token, stride_head, num_kv_heads, BLOCK_M, HEAD_DIM, BLOCK_H, TILE, PAGE, IS_INT8,
+        HAS_SOFT_CAP, True, HAS_WINDOW, ASM,
+    )  # fmt: skip
     out_offset_M = tokens_M * out_stride_token + heads_M * out_stride_head
     out_MH = acc_MH / l_M[:, None]
     tl.store(

@@ -1,4 +1,4 @@
-"""What the two paged attention kernels share: reading a tile of pages, and one softmax step.
+"""What the two paged attention kernels share: reading tiles of pages, and the running softmax.
 
 Triton device functions, inlined into their callers. Scores are in units of log2, so that exp2 and
 log2 serve instead of exp and log.
@@ -16,9 +16,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-
+NO_WINDOW = 2**30
+"""A window that no context reaches."""
 
 _UNPACK_ASM: tl.constexpr = tl.constexpr("""
 {
@@ -192,6 +194,67 @@ def attend_tile(
     acc_MH = acc_MH * rescale_M[:, None]
     acc_MH = tl.dot(p_ML.to(v_LH.dtype), v_LH, acc_MH, input_precision="ieee")
     return new_m_M, l_M, acc_MH, next_block_L, next_k_scale_L, next_v_scale_L
+
+
+@triton.jit
+def attend_range(
+    q_MH, m_M, l_M, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, start, whole_end,
+    end, visible_from_M, visible_to_M, scale_log2, cap_log2, stride_block, stride_token,
+    stride_head, num_kv_heads, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, IS_INT8: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr, HAS_WHOLE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Attend to the positions from `start` up to `end`: running maximum, denominator and sum.
+
+    m_M and l_M are what they begin with. Where HAS_WHOLE, every row sees all positions before
+    whole_end, but for its window.
+    """
+    acc_MH = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    block_L = load_blocks(table_ptr, start, end, TILE, PAGE)
+    k_scale_L = load_scales(
+        k_scale_ptr, block_L, start, end, kv_head, num_kv_heads, TILE, PAGE, IS_INT8
+    )
+    v_scale_L = load_scales(
+        v_scale_ptr, block_L, start, end, kv_head, num_kv_heads, TILE, PAGE, IS_INT8
+    )
+    if HAS_WHOLE:
+        for tile_start in range(start, whole_end, TILE):
+            m_M, l_M, acc_MH, block_L, k_scale_L, v_scale_L = attend_tile(
+                q_MH, m_M, l_M, acc_MH, block_L, k_scale_L, v_scale_L, k_ptr, v_ptr, k_scale_ptr,
+                v_scale_ptr, table_ptr, kv_head, tile_start, end, visible_from_M, visible_to_M,
+                scale_log2, cap_log2, stride_block, stride_token, stride_head, num_kv_heads,
+                HEAD_DIM, BLOCK_H, TILE, PAGE, IS_INT8, HAS_SOFT_CAP, HAS_WINDOW, ASM,
+            )  # fmt: skip
+        start = whole_end
+    for tile_start in range(start, end, TILE):
+        m_M, l_M, acc_MH, block_L, k_scale_L, v_scale_L = attend_tile(
+            q_MH, m_M, l_M, acc_MH, block_L, k_scale_L, v_scale_L, k_ptr, v_ptr, k_scale_ptr,
+            v_scale_ptr, table_ptr, kv_head, tile_start, end, visible_from_M, visible_to_M,
+            scale_log2, cap_log2, stride_block, stride_token, stride_head, num_kv_heads,
+            HEAD_DIM, BLOCK_H, TILE, PAGE, IS_INT8, HAS_SOFT_CAP, True, ASM,
+        )  # fmt: skip
+    return m_M, l_M, acc_MH
+
+
+def check_cache(
+    q_TNH: Tensor,
+    k_cache_BPKH: Tensor,
+    v_cache_BPKH: Tensor,
+    k_scale_BKP: Tensor | None,
+    v_scale_BKP: Tensor | None,
+    block_table_SB: Tensor,
+) -> None:
+    """Assert the layouts that the kernels' address arithmetic relies on."""
+    assert q_TNH.stride(2) == 1, "the head dim of the queries is contiguous"
+    assert k_cache_BPKH.stride(3) == 1, "the head dim of the cache is contiguous"
+    assert k_cache_BPKH.stride() == v_cache_BPKH.stride(), "keys and values lie alike"
+    assert block_table_SB.stride(1) == 1, "a row of the block table is contiguous"
+    assert q_TNH.shape[1] % k_cache_BPKH.shape[2] == 0, "query heads share kv heads evenly"
+    is_int8 = k_cache_BPKH.dtype == torch.int8
+    for scale in (k_scale_BKP, v_scale_BKP):
+        assert (scale is not None) == is_int8, "int8 caches, and they alone, have scales"
+        assert scale is None or scale.is_contiguous(), "scales are contiguous [B, K, P]"
 
 
 def has_ptx_assembly(device: torch.device) -> bool:

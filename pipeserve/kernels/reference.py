@@ -61,14 +61,19 @@ def rotary_and_cache(
 ) -> Tensor:
     """Rotate queries and keys, write keys and values to their cache slots, return q_TNH.
 
-    A slot is block id * P + position in block. qkv_TMH holds N query, K key, K value heads.
+    A slot is block id * P + position in block; a negative one is not written. qkv_TMH holds N
+    query, K key, K value heads.
     """
     num_kv_heads, head_dim = k_cache_BPKH.shape[2:]
     num_qk_heads = qkv_TMH.shape[1] - num_kv_heads
     qk_TMH = rotary(qkv_TMH[:, :num_qk_heads], cos_TR, sin_TR)
     num_heads = num_qk_heads - num_kv_heads
-    k_cache_BPKH.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, qk_TMH[:, num_heads:])
-    v_cache_BPKH.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, qkv_TMH[:, num_qk_heads:])
+    k_TKH, v_TKH = qk_TMH[:, num_heads:], qkv_TMH[:, num_qk_heads:]
+    is_kept_T = slots_T >= 0
+    if not is_kept_T.all():
+        slots_T, k_TKH, v_TKH = slots_T[is_kept_T], k_TKH[is_kept_T], v_TKH[is_kept_T]
+    k_cache_BPKH.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, k_TKH)
+    v_cache_BPKH.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, v_TKH)
     return qk_TMH[:, :num_heads]
 
 

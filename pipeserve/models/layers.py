@@ -53,10 +53,18 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """One layer's keys and values."""
+    """One layer's keys and values: in the activations' type, or int8 codes with their scales."""
 
     k_BPKH: Tensor
     v_BPKH: Tensor
+    k_scale_BKP: Tensor | None = None
+    """float16, one per token and head; a key is code * scale. None without int8."""
+    v_scale_BKP: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.k_BPKH, self.v_BPKH, self.k_scale_BKP, self.v_scale_BKP)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +77,12 @@ class DecoderLayer:
     ffn_norm_D: Tensor
     gate_up: Linear
     down: Linear
+    window: int | None = None
+    """Cache positions that a token sees, itself included; None: all."""
+    soft_cap: float | None = None
+    """Bound of attention scores: cap * tanh(score / cap)."""
+    sinks_N: Tensor | None = None
+    """A logit per query head that takes part in the softmax and has no value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +153,21 @@ def _attention(
 ) -> Tensor:
     num_tokens = x_TD.shape[0]
     qkv_TMH = layer.qkv(x_TD).view(num_tokens, -1, config.head_dim)
-    q_TNH = kernels.rotary_and_cache(qkv_TMH, *angles, cache.k_BPKH, cache.v_BPKH, metadata.slots_T)
-    out_TNH = paged_attention(kernels, q_TNH, cache, metadata, scale=config.head_dim**-0.5)
+    q_TNH = kernels.rotary_and_cache(
+        qkv_TMH,
+        *angles,
+        cache.k_BPKH,
+        cache.v_BPKH,
+        metadata.slots_T,
+        k_scale_BKP=cache.k_scale_BKP,
+        v_scale_BKP=cache.v_scale_BKP,
+    )
+    out_TNH = paged_attention(layer, kernels, q_TNH, cache, metadata, scale=config.head_dim**-0.5)
     return layer.output(out_TNH.view(num_tokens, config.attention_size))
 
 
 def paged_attention(
+    layer: DecoderLayer,
     kernels: Backend,
     q_TNH: Tensor,
     cache: LayerCache,
@@ -164,6 +187,11 @@ def paged_attention(
                 decode.block_table_SB,
                 decode.lengths_S,
                 scale,
+                k_scale_BKP=cache.k_scale_BKP,
+                v_scale_BKP=cache.v_scale_BKP,
+                window=layer.window,
+                soft_cap=layer.soft_cap,
+                sinks_N=layer.sinks_N,
             )
         )
     if prefill is not None:
@@ -176,6 +204,11 @@ def paged_attention(
                 prefill.first_positions_S,
                 prefill.num_tokens_S,
                 scale,
+                k_scale_BKP=cache.k_scale_BKP,
+                v_scale_BKP=cache.v_scale_BKP,
+                window=layer.window,
+                soft_cap=layer.soft_cap,
+                sinks_N=layer.sinks_N,
             )
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -6,7 +6,9 @@ Shapes: B blocks, P position in block, K kv heads, H head dim.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,30 +20,8 @@ from pipeserve.models.layers import LayerCache
 DEFAULT_CPU_BYTES = 1024**3
 """KV cache of a CPU stage where kv_cache_bytes is left out."""
 
-GPU_MARGIN_BYTES = 2 * 1024**3
-"""What a GPU keeps free for activations, workspaces and the driver."""
-
-
-def default_bytes(device: torch.device, *, weight_bytes: int, num_sharing: int) -> int:
-    """KV cache of one stage where kv_cache_bytes is left out.
-
-    On a GPU: what is free now, less this and its num_sharing stages' weights and a margin, shared
-    evenly. weight_bytes: of one stage.
-
-    Raises:
-        ConfigError: the weights leave no room.
-    """
-    if device.type == "cpu":
-        return DEFAULT_CPU_BYTES
-    free, total = torch.cuda.mem_get_info(device)
-    room = free // num_sharing - weight_bytes - GPU_MARGIN_BYTES // num_sharing
-    if room <= 0:
-        raise ConfigError(
-            f"{device} has {free} of {total} bytes free; a stage's weights take {weight_bytes} and "
-            f"{GPU_MARGIN_BYTES} stay free as a margin: no room is left for the KV cache. Take "
-            "more devices or a smaller quantisation"
-        )
-    return room
+SCALE_DTYPE = torch.float16
+"""Of int8 keys and values: one scale per token and kv head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +42,15 @@ class KVShape:
         return self.num_rows * self.blocks_per_row
 
 
+def storage_dtype(option: Literal["auto", "int8"], activations: torch.dtype) -> torch.dtype:
+    """Type of the cached keys and values under kv_cache_dtype."""
+    return torch.int8 if option == "int8" else activations
+
+
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in one layer: keys and values."""
-    return 2 * block_size * config.kv_size * dtype.itemsize
+    """Bytes of one block in one layer: keys and values, and the scales of int8 ones."""
+    scale_bytes = SCALE_DTYPE.itemsize * config.num_kv_heads if dtype == torch.int8 else 0
+    return 2 * block_size * (config.kv_size * dtype.itemsize + scale_bytes)
 
 
 def count_blocks(shape: KVShape, *, bytes_per_block: int, kv_cache_bytes: int) -> int:
@@ -91,16 +77,28 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[LayerCache, ...]:
-    """Zeroed caches [B, P, K, H], one pair per layer.
+    """Zeroed caches [B, P, K, H], and for int8 their scales [B, K, P]: one set per layer.
 
     Zeroed, because masked attention still multiplies what it hides by 0.
     """
     shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+    scale_shape = (num_blocks, config.num_kv_heads, block_size)
 
-    def zeros() -> torch.Tensor:
-        if device.type == "cpu":
-            # numpy's zeros take memory only once they are written to, torch's at once.
-            return torch.from_numpy(np.zeros(shape, dtype=np.float32)).to(dtype)
+    def layer_cache() -> LayerCache:
+        k_BPKH, v_BPKH = (_zeros(shape, dtype, device) for _ in "kv")
+        if dtype != torch.int8:
+            return LayerCache(k_BPKH=k_BPKH, v_BPKH=v_BPKH)
+        k_scale_BKP, v_scale_BKP = (_zeros(scale_shape, SCALE_DTYPE, device) for _ in "kv")
+        return LayerCache(
+            k_BPKH=k_BPKH, v_BPKH=v_BPKH, k_scale_BKP=k_scale_BKP, v_scale_BKP=v_scale_BKP
+        )
+
+    return tuple(layer_cache() for _ in range(num_layers))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-
-    return tuple(LayerCache(k_BPKH=zeros(), v_BPKH=zeros()) for _ in range(num_layers))
+    # numpy's zeros take memory only once they are written to, torch's at once.
+    zero_bytes = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(zero_bytes).view(dtype).view(shape)

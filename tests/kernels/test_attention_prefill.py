@@ -103,3 +103,28 @@ def test_a_chunk_of_one_token_is_a_decode(device: torch.device) -> None:
         q_SNH, *caches, lengths_S - 1, torch.ones_like(lengths_S), SCALE, config=SMALL
     )
     torch.testing.assert_close(chunked, decoded)
+
+
+@pytest.mark.parametrize("num_tokens", [[9, 21, 0, 0], [0, 0, 0, 30], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=str)
+def test_fillers_are_harmless(
+    case: AttentionCase, num_tokens: list[int], device: torch.device
+) -> None:
+    """As in a captured graph: sequences without tokens, and rows that belong to none."""
+    cache = paged_cache(case, num_seqs=4, length=90, device=device)
+    num_tokens_S = torch.tensor(num_tokens, dtype=case.index, device=device)
+    first_positions_S = torch.where(num_tokens_S > 0, 40, 0).to(case.index)
+    cache.block_table_SB[num_tokens_S == 0] = 2**30  # no block: whoever reads it, crashes
+    used = sum(num_tokens)
+    q_TNH = torch.randn(70, case.num_heads, case.head_dim).to(device, case.activation)
+    q_TNH[used:] = float("nan")
+    arguments = (cache.k_BPKH, cache.v_BPKH, cache.block_table_SB, first_positions_S, num_tokens_S)
+    out_TNH = torch.full_like(q_TNH, 7.0)
+    paged_attention_prefill(
+        q_TNH, *arguments, SCALE, **cache.options, out_TNH=out_TNH, config=SMALL
+    )
+    expected = reference_attention.paged_attention_prefill(
+        q_TNH, *arguments, SCALE, **cache.options
+    )
+    torch.testing.assert_close(out_TNH[:used], expected[:used], **case.tolerance)
+    assert bool((out_TNH[used:] == 7.0).all()), "rows of no chunk stay unwritten"

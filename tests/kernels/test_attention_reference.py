@@ -72,6 +72,26 @@ def test_a_sink_takes_its_share(cache: PagedCache) -> None:
     torch.testing.assert_close(half, attend(cache, q_SNH)[1] / 2)
 
 
+def test_int8_codes_do_not_depend_on_the_chunk() -> None:
+    qkv_TMH = torch.randn(12, 8, 64)
+    cos_TR, sin_TR = torch.randn(2, 12, 64)
+    slots_T = torch.randperm(32)[:12]
+
+    def written(chunk: int) -> list[torch.Tensor]:
+        caches = [torch.zeros(2, 16, 2, 64, dtype=torch.int8) for _ in "kv"]
+        caches += [torch.zeros(2, 2, 16, dtype=torch.float16) for _ in "kv"]
+        for start in range(0, 12, chunk):
+            part = slice(start, start + chunk)
+            reference_attention.rotary_and_cache_int8(
+                qkv_TMH[part], cos_TR[part], sin_TR[part], *caches, slots_T[part]
+            )
+        return caches
+
+    for whole, chunked in zip(written(12), written(5), strict=True):
+        assert bool(whole.any())
+        assert torch.equal(whole, chunked)
+
+
 def test_int8_keeps_values_to_half_a_step() -> None:
     x_TKH = torch.randn(40, 3, 64) * torch.logspace(-2, 3, 40).view(40, 1, 1)
     x_TKH[7, 1] = 0.0

@@ -16,7 +16,7 @@ from pipeserve.kernels.attention_decode import paged_attention_decode
 from pipeserve.kernels.attention_prefill import paged_attention_prefill
 
 pytestmark = pytest.mark.gpu
-CASE = AttentionCase(num_heads=8, head_dim=128, kv=torch.bfloat16)
+CASES = [AttentionCase(num_heads=8, head_dim=128, kv=kv) for kv in (torch.bfloat16, torch.int8)]
 
 
 def capture(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
@@ -28,22 +28,24 @@ def capture(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, tor
     return graph, out
 
 
-def test_decode_lengths_may_change(device: torch.device) -> None:
-    cache = paged_cache(CASE, num_seqs=3, length=900, device=device)
-    q_SNH = torch.randn(3, 8, 128, device=device, dtype=torch.bfloat16)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode_lengths_may_change(case: AttentionCase, device: torch.device) -> None:
+    cache = paged_cache(case, num_seqs=3, length=900, device=device)
+    q_SNH = torch.randn(3, 8, 128, device=device, dtype=case.activation)
     lengths_S = torch.tensor([1, 1, 1], device=device, dtype=torch.int32)
     arguments = (q_SNH, cache.k_BPKH, cache.v_BPKH, cache.block_table_SB, lengths_S, 0.1)
-    graph, out_SNH = capture(lambda: paged_attention_decode(*arguments))
+    graph, out_SNH = capture(lambda: paged_attention_decode(*arguments, **cache.options))
     for lengths in ([900, 0, 17], [64, 65, 833]):
         lengths_S.copy_(torch.tensor(lengths))
         graph.replay()
-        expected = reference_attention.paged_attention_decode(*arguments)
-        torch.testing.assert_close(out_SNH, expected, **CASE.tolerance)
+        expected = reference_attention.paged_attention_decode(*arguments, **cache.options)
+        torch.testing.assert_close(out_SNH, expected, **case.tolerance)
 
 
-def test_prefill_chunks_may_change(device: torch.device) -> None:
-    cache = paged_cache(CASE, num_seqs=3, length=900, device=device)
-    q_TNH = torch.randn(300, 8, 128, device=device, dtype=torch.bfloat16)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prefill_chunks_may_change(case: AttentionCase, device: torch.device) -> None:
+    cache = paged_cache(case, num_seqs=3, length=900, device=device)
+    q_TNH = torch.randn(300, 8, 128, device=device, dtype=case.activation)
     first_S, num_tokens_S = torch.zeros(2, 3, device=device, dtype=torch.int32)
     arguments = (
         q_TNH,
@@ -54,13 +56,15 @@ def test_prefill_chunks_may_change(device: torch.device) -> None:
         num_tokens_S,
         0.1,
     )
-    graph, out_TNH = capture(lambda: paged_attention_prefill(*arguments))
-    for first, num_tokens in (([0, 0, 0], [100, 100, 100]), ([600, 0, 33], [300, 0, 0])):
+    graph, out_TNH = capture(lambda: paged_attention_prefill(*arguments, **cache.options))
+    chunks = (([0, 0, 0], [100, 100, 100]), ([600, 0, 33], [300, 0, 0]), ([0, 9, 0], [0, 70, 0]))
+    for first, num_tokens in (*chunks, ([0, 0, 0], [0, 0, 0])):
         first_S.copy_(torch.tensor(first))
         num_tokens_S.copy_(torch.tensor(num_tokens))
         graph.replay()
-        expected = reference_attention.paged_attention_prefill(*arguments)
-        torch.testing.assert_close(out_TNH, expected, **CASE.tolerance)
+        expected = reference_attention.paged_attention_prefill(*arguments, **cache.options)
+        used = sum(num_tokens)
+        torch.testing.assert_close(out_TNH[:used], expected[:used], **case.tolerance)
 
 
 def test_sampling_parameters_may_change(device: torch.device) -> None:
