@@ -67,6 +67,10 @@ class TensorInfo:
     offset: int
     """Bytes from the start of that file."""
 
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:

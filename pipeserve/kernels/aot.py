@@ -22,6 +22,7 @@ class AotCase:
     aligned, integers as any number: "i32:16" is one of multiples of 16."""
     constexprs: Mapping[str, Any]
     """Compile-time argument -> value. One named ASM, where a kernel has it, is set by the target:
-    True for NVIDIA, whose PTX the inline assembly is, False for others."""
+    True for NVIDIA, whose PTX the inline assembly is, False for others. PDL likewise: True for
+    NVIDIA from sm_90 on."""
     num_warps: int = 4
     num_stages: int = 3

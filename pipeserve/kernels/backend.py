@@ -7,13 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeserve.kernels import quant_reference, reference
+from pipeserve.kernels import attention, fp8_reference, quant_reference, reference
+from pipeserve.kernels.attention import (
+    PagedAttentionDecode,
+    PagedAttentionPrefill,
+    RotaryAndCache,
+)
+from pipeserve.kernels.fp8_reference import Fp8Weight
 from pipeserve.kernels.quant_layout import PlanarWeight
+
+WeightForm = Literal["planar", "dense", "fp8"]
+"""How matrices are held: in the planar layout of their own type where it has one, as plain numbers
+of the backend's type, or as Fp8Weight."""
+
+Weights = Literal["quantised", "bf16", "fp8"]
+Activations = Literal["auto", "f16", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,19 +35,22 @@ class Backend:
     """Each function as its twin in reference.py or quant_reference.py describes it."""
 
     dtype: torch.dtype
-    """Of activations between kernels and of the KV cache; the residual stream is float32."""
+    """Of activations between kernels, and of the KV cache unless it is int8; the residual stream is
+    float32."""
+    weight_form: WeightForm
+    """Of matrices, as far as their types and the model allow."""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
-    rotary_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    paged_attention_decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    paged_attention_prefill: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor
-    ]
+    rotary_and_cache: RotaryAndCache
+    paged_attention_decode: PagedAttentionDecode
+    paged_attention_prefill: PagedAttentionPrefill
     dequantise: Callable[[PlanarWeight], Tensor]
     """A planar matrix [N, K] in dtype."""
     quant_linear: Callable[[Tensor, PlanarWeight, Tensor | None], Tensor]
     """x W^T + b for a planar matrix: [T, K] -> [T, N]."""
+    fp8_linear: Callable[[Tensor, Fp8Weight, Tensor | None], Tensor]
+    """The same for a matrix in e4m3."""
 
 
 def _reference_quant_linear(x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None) -> Tensor:
@@ -42,22 +59,29 @@ def _reference_quant_linear(x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor |
 
 REFERENCE = Backend(
     dtype=torch.float32,
+    weight_form="dense",
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     swiglu=reference.swiglu,
-    rotary_and_cache=reference.rotary_and_cache,
-    paged_attention_decode=reference.paged_attention_decode,
-    paged_attention_prefill=reference.paged_attention_prefill,
+    rotary_and_cache=attention.rotary_and_cache,
+    paged_attention_decode=attention.paged_attention_decode,
+    paged_attention_prefill=attention.paged_attention_prefill,
     dequantise=quant_reference.dequantise,
     quant_linear=_reference_quant_linear,
+    fp8_linear=fp8_reference.fp8_linear,
 )
 """Plain torch in float32: the CPU path."""
 
 
-def backend_for(device: torch.device) -> Backend:
-    """The kernels for a stage on this device."""
+def backend_for(
+    device: torch.device, *, weights: Weights = "quantised", activations: Activations = "auto"
+) -> Backend:
+    """The kernels for a stage on this device, of the precision that the options name.
+
+    CPU stages compute in float32 whatever these say.
+    """
     if device.type == "cpu":
         return REFERENCE
-    from pipeserve.kernels.triton_backend import TRITON
+    from pipeserve.kernels.triton_backend import gpu_backend
 
-    return TRITON
+    return gpu_backend(weights, activations)

@@ -188,3 +188,19 @@ LAYOUTS: Mapping[str, QuantLayout] = MappingProxyType(
     }
 )
 """By GGUF type name. Block formats: ggml-common.h of llama.cpp, as the gguf package reads them."""
+
+
+def planar_bytes(type_name: str, num_rows: int, num_columns: int) -> int:
+    """What PlanarWeight.num_bytes of a matrix [N, K] will be."""
+    layout = LAYOUTS[type_name]
+    num_units = -(-num_columns // UNIT)
+    row_bytes = num_units * layout.word_bytes
+    for bits in (layout.low_bits, layout.high_bits):
+        if bits:
+            plane_weights = max(UNIT, PLANE_BYTES * 8 // bits)
+            row_bytes += -(-num_columns // plane_weights) * plane_weights * bits // 8
+    if layout.scale_kind == "half_min":
+        row_bytes += num_units * 4
+    if layout.block_size == 256:
+        row_bytes += num_columns // 256 * (4 if layout.has_min else 2)
+    return num_rows * row_bytes

@@ -43,6 +43,13 @@ def quantise_rows(x_TK: Tensor) -> QuantisedRows:
     return QuantisedRows(codes_TK=codes.flatten(1), scales_TG=scales_TG, sums_TG=sums_TG)
 
 
+def round_rows(x_TK: Tensor) -> Tensor:
+    """The values that quantise_rows keeps of x, in x's type."""
+    rows = quantise_rows(x_TK)
+    values = rows.codes_TK.unflatten(1, (-1, ACTIVATION_GROUP)) * rows.scales_TG.unsqueeze(-1)
+    return values.flatten(1)[:, : x_TK.shape[1]].to(x_TK.dtype)
+
+
 def codes(weight: PlanarWeight) -> Tensor:
     """int32 [N, columns padded to units]: code - offset, or the table's value."""
     layout, num_columns = weight.layout, weight.scales.shape[1] * UNIT

@@ -8,7 +8,8 @@ Shapes: N rows, J blocks of a row, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -33,23 +34,27 @@ class _Parts:
 
 
 def repack(raw: Tensor, type_name: str) -> PlanarWeight:
-    """uint8 [N, bytes of a row] as in the file -> planar, on the same device.
+    """uint8 [N, bytes of a row] as in the file -> planar, on the same device."""
+    return repack_parts([raw], type_name)
 
-    Rows of several tensors of one type may be stacked: they come out as one matrix.
-    """
+
+def repack_parts(parts: Sequence[Tensor], type_name: str) -> PlanarWeight:
+    """Rows of several tensors of one type, each as repack takes it, as one matrix."""
     layout = LAYOUTS[type_name]
-    assert raw.dtype == torch.uint8 and raw.dim() == 2, f"blocks are {raw.dtype} {raw.shape}"
-    num_rows, row_bytes = raw.shape
+    num_rows, row_bytes = sum(part.shape[0] for part in parts), parts[0].shape[1]
     assert row_bytes % layout.block_bytes == 0, f"{row_bytes} bytes are no whole {type_name} blocks"
     num_columns = row_bytes // layout.block_bytes * layout.block_size
-    rows_at_once = max(1, _WEIGHTS_AT_ONCE // num_columns)
     whole: dict[str, Tensor] = {}
-    for first in range(0, num_rows, rows_at_once):
-        part = _repack_rows(raw[first : first + rows_at_once], type_name)
-        for name, tensor in part.items():
+    first = 0
+    for chunk in itertools.chain.from_iterable(
+        part.split(max(1, _WEIGHTS_AT_ONCE // num_columns)) for part in parts
+    ):
+        assert chunk.dtype == torch.uint8 and chunk.shape[1] == row_bytes, f"blocks {chunk.shape}"
+        for name, tensor in _repack_rows(chunk, type_name).items():
             if name not in whole:
                 whole[name] = tensor.new_empty((num_rows, tensor.shape[1]))
-            whole[name][first : first + rows_at_once] = tensor
+            whole[name][first : first + len(chunk)] = tensor
+        first += len(chunk)
     return PlanarWeight(
         type_name=type_name,
         num_rows=num_rows,

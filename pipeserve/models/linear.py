@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeserve.kernels.backend import Backend
+from pipeserve.kernels.fp8_reference import Fp8Weight
 from pipeserve.kernels.quant_layout import PlanarWeight
 
 _PACK_FOR_ROWS = 8
 """Rows that oneDNN's blocked layout is chosen for. Measured with AVX-512 on 960 to 49152 outputs:
 the one for 8 does as well as any for 1 to 256 rows; the one for 1 is up to 1.7 times slower."""
 
-Matrix = Tensor | PlanarWeight
-"""[O, I]: floats in the backend's type, or quantised."""
+Matrix = Tensor | PlanarWeight | Fp8Weight
+"""[O, I]: floats in the backend's type, quantised as in the file, or rounded to e4m3."""
 
 
 class Linear(Protocol):
@@ -68,6 +69,31 @@ class QuantLinear:
         return self._backend.quant_linear(x_TI, self._weight, self._bias_O)
 
 
+class Fp8Linear:
+    """A matrix in e4m3, whose activations are rounded to it too."""
+
+    def __init__(self, weight: Fp8Weight, bias_O: Tensor | None, backend: Backend) -> None:
+        self._weight = weight
+        self._bias_O = bias_O
+        self._backend = backend
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return self._backend.fp8_linear(x_TI, self._weight, self._bias_O)
+
+
+class WideLinear:
+    """A 16-bit matrix whose products stay in float32, in which the tensor cores sum them anyway:
+    bf16 would round a logit of 20 to a multiple of 1/8."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._weight_IO = weight_OI.t()
+        self._bias_O = None if bias_O is None else bias_O.float()
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        out_TO = torch.mm(x_TI, self._weight_IO, out_dtype=torch.float32)
+        return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
+
+
 class StackedLinear:
     """Rows that are held in different ways, such as q and k in Q4_K and v in Q6_K."""
 
@@ -83,10 +109,19 @@ def make_linear(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Line
     bias_O = None if bias_O is None else bias_O.to(backend.dtype)
     if isinstance(matrix, PlanarWeight):
         return QuantLinear(matrix, bias_O, backend)
+    if isinstance(matrix, Fp8Weight):
+        return Fp8Linear(matrix, bias_O, backend)
     is_packable = matrix.device.type == "cpu" and matrix.dtype == torch.float32
     if is_packable and torch.backends.mkldnn.is_available():
         return PackedLinear(matrix, bias_O)
     return DenseLinear(matrix, bias_O)
+
+
+def make_head(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Linear:
+    """The same for the output head, whose logits keep float32 where a product can give it."""
+    if isinstance(matrix, Tensor) and matrix.device.type == "cuda":
+        return WideLinear(matrix, bias_O)
+    return make_linear(matrix, bias_O, backend)
 
 
 class Embedding(Protocol):
@@ -120,6 +155,7 @@ class QuantEmbedding:
 
 def make_embedding(matrix: Matrix, backend: Backend) -> Embedding:
     """The embedding for a matrix [V, D] as it is held."""
+    assert not isinstance(matrix, Fp8Weight), "embeddings are not held in e4m3"
     if isinstance(matrix, PlanarWeight):
         return QuantEmbedding(matrix, backend)
     return DenseEmbedding(matrix)

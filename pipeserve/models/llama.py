@@ -15,8 +15,15 @@ from pipeserve.errors import UnsupportedModelError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.models.config import ModelConfig, read_config
 from pipeserve.models.layers import Decoder, DecoderLayer, Head
-from pipeserve.models.linear import Linear, Matrix, make_embedding, make_linear
-from pipeserve.models.loader import LayerRange, Rows, WeightReader, fuse, make_matrix
+from pipeserve.models.linear import Linear, Matrix, make_embedding, make_head
+from pipeserve.models.loader import (
+    LayerRange,
+    Rows,
+    WeightReader,
+    form_of,
+    fuse,
+    read_global_matrix,
+)
 from pipeserve.models.rotary import rotary_frequencies
 
 Shapes = dict[str, tuple[int, ...]]
@@ -53,7 +60,7 @@ def optional_tensors(config: ModelConfig) -> Shapes:
 
 def load_llama(config: ModelConfig, layers: LayerRange, weights: WeightReader) -> Decoder:
     """Load one stage's share; errors as WeightReader.tensor."""
-    embedding = make_matrix(weights.rows("token_embd.weight")) if layers.is_first else None
+    embedding = read_global_matrix(weights, "token_embd.weight") if layers.is_first else None
     return Decoder(
         config=config,
         backend=weights.backend,
@@ -100,10 +107,10 @@ def _load_layer(config: ModelConfig, index: int, weights: WeightReader) -> Decod
     return DecoderLayer(
         attention_norm_D=weights.tensor(f"{prefix}attn_norm.weight"),
         qkv=_load_qkv(config, prefix, weights),
-        output=_load_linear(weights, f"{prefix}attn_output.weight"),
+        output=_load_linear(config, weights, f"{prefix}attn_output.weight"),
         ffn_norm_D=weights.tensor(f"{prefix}ffn_norm.weight"),
-        gate_up=_load_linear(weights, f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight"),
-        down=_load_linear(weights, f"{prefix}ffn_down.weight"),
+        gate_up=_load_linear(config, weights, f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight"),
+        down=_load_linear(config, weights, f"{prefix}ffn_down.weight"),
     )
 
 
@@ -115,7 +122,8 @@ def _load_qkv(config: ModelConfig, prefix: str, weights: WeightReader) -> Linear
         bias = biases[index]
         if bias is not None:
             biases[index] = halves_from_pairs(bias, num_heads, config.rope_dim)
-    return fuse(parts, biases, weights.backend)
+    form = form_of(f"{prefix}attn_q.weight", weights.backend, config.num_layers)
+    return fuse(parts, biases, weights.backend, form)
 
 
 def halves_from_pairs(rows: Tensor, num_heads: int, rope_dim: int) -> Tensor:
@@ -131,8 +139,9 @@ def halves_from_pairs(rows: Tensor, num_heads: int, rope_dim: int) -> Tensor:
     return torch.cat((halves, heads[:, rope_dim:]), dim=1).view(rows.shape)
 
 
-def _load_linear(weights: WeightReader, *names: str) -> Linear:
-    return fuse(*_load_rows(weights, names), weights.backend)
+def _load_linear(config: ModelConfig, weights: WeightReader, *names: str) -> Linear:
+    form = form_of(names[0], weights.backend, config.num_layers)
+    return fuse(*_load_rows(weights, names), weights.backend, form)
 
 
 def _load_rows(
@@ -144,12 +153,12 @@ def _load_rows(
 
 def _load_head(config: ModelConfig, weights: WeightReader, embedding: Matrix | None) -> Head:
     if not config.has_tied_head:
-        output = make_matrix(weights.rows("output.weight"))
+        output = read_global_matrix(weights, "output.weight")
     elif embedding is not None:
         output = embedding
     else:
-        output = make_matrix(weights.rows("token_embd.weight"))
+        output = read_global_matrix(weights, "token_embd.weight")
     return Head(
         norm_D=weights.tensor("output_norm.weight"),
-        output=make_linear(output, weights.optional("output.bias"), weights.backend),
+        output=make_head(output, weights.optional("output.bias"), weights.backend),
     )

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeserve.kernels import quant_reference, quant_repack
-from pipeserve.kernels.quant_layout import LAYOUTS
-from pipeserve.kernels.quant_repack import repack
-from tests.kernels.quant_cases import gguf_values, random_blocks
+from pipeserve.kernels.quant_layout import LAYOUTS, planar_bytes
+from pipeserve.kernels.quant_repack import repack, repack_parts
+from tests.kernels.quant_cases import gguf_values, random_blocks, whole_columns
 
 TYPES = sorted(LAYOUTS)
 
@@ -97,3 +97,20 @@ def test_the_integer_product_is_that_of_the_values(type_name: str) -> None:
     wanted = x @ quant_reference.dequantise(weight).double().T
     got = quant_reference.matmul_int8(rows, weight).double()
     assert (got - wanted).norm() / wanted.norm() < 1e-6
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_planar_weights_take_at_most_5_percent_more_than_the_file(type_name: str) -> None:
+    raw = torch.from_numpy(random_blocks(type_name, 8, 4096))
+    weight = repack(raw, type_name)
+    assert weight.num_bytes <= raw.nbytes * 1.05
+    assert weight.num_bytes == planar_bytes(type_name, 8, 4096)
+    uneven = whole_columns(type_name)
+    weight = repack(torch.from_numpy(random_blocks(type_name, 3, uneven)), type_name)
+    assert weight.num_bytes == planar_bytes(type_name, 3, uneven)
+
+
+def test_parts_of_one_type_become_one_matrix() -> None:
+    parts = [torch.from_numpy(random_blocks("Q5_K", rows, 512, seed=rows)) for rows in (3, 1, 4)]
+    ours, wanted = repack_parts(parts, "Q5_K"), repack(torch.cat(parts), "Q5_K")
+    assert torch.equal(quant_reference.dequantise(ours), quant_reference.dequantise(wanted))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -11,8 +13,17 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from pipeserve.errors import ModelError
 from pipeserve.gguf.reader import GGUFFile
-from pipeserve.kernels.backend import Backend, backend_for
+from pipeserve.kernels.backend import (
+    REFERENCE,
+    Activations,
+    Backend,
+    WeightForm,
+    Weights,
+    backend_for,
+)
+from pipeserve.kernels.fp8_reference import Fp8Weight
 from pipeserve.kernels.quant_layout import LAYOUTS
 from pipeserve.models.layers import (
     AttentionMetadata,
@@ -21,7 +32,8 @@ from pipeserve.models.layers import (
     LayerCache,
     PrefillMetadata,
 )
-from pipeserve.models.loader import LayerRange, WeightReader
+from pipeserve.models.linear import Fp8Linear
+from pipeserve.models.loader import LayerRange, Rows, WeightReader, make_matrix
 from pipeserve.models.registry import check_model, find_family
 from tests.models import tiny
 
@@ -30,10 +42,10 @@ NUM_TOKENS = 20
 PAGE = 16
 
 
-def write_mixed(path: Path, kind: GGMLQuantizationType, *, tied: bool) -> Path:
+def write_mixed(path: Path, kind: GGMLQuantizationType, *, tied: bool, num_layers: int = 2) -> Path:
     """Every matrix in one type but attn_v, as in files of mixed types."""
     config = tiny.llama_config(
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         hidden_size=256,
         intermediate_size=512,
         num_attention_heads=4,
@@ -55,22 +67,28 @@ def write_mixed(path: Path, kind: GGMLQuantizationType, *, tied: bool) -> Path:
 
 
 def load(path: Path, device: torch.device, backend: Backend, *, keeps_quantised: bool) -> Decoder:
+    """With matrices planar or dense, whatever the backend would have."""
+    form: WeightForm = "planar" if keeps_quantised else "dense"
+    return load_as_is(path, device, dataclasses.replace(backend, weight_form=form))
+
+
+def load_as_is(path: Path, device: torch.device, backend: Backend) -> Decoder:
+    """All layers, with matrices in the form that the backend wants."""
     with GGUFFile.open(path) as file:
         config = check_model(file)
-        weights = WeightReader(
-            file,
-            device=device,
-            backend=backend,
-            keeps_quantised=keeps_quantised,
-            on_read=lambda name: None,
-        )
+        weights = WeightReader(file, device=device, backend=backend, on_read=lambda name: None)
         layers = LayerRange(first=0, end=config.num_layers, num_layers=config.num_layers)
         return find_family(file).load(config, layers, weights)
 
 
 def run(decoder: Decoder, device: torch.device, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
+    """Logits of the tokens 0, 1, 2, ..., as run_ids."""
+    return run_ids(decoder, device, [i % decoder.config.vocab_size for i in range(num_tokens)])
+
+
+def run_ids(decoder: Decoder, device: torch.device, token_ids: Sequence[int]) -> torch.Tensor:
     """Logits of a prefill of all tokens but one, then of a decode step: [T, V] float32."""
-    config = decoder.config
+    config, num_tokens = decoder.config, len(token_ids)
     num_blocks = -(-num_tokens // PAGE)
     shape = (num_blocks, PAGE, config.num_kv_heads, config.head_dim)
 
@@ -78,7 +96,7 @@ def run(decoder: Decoder, device: torch.device, num_tokens: int = NUM_TOKENS) ->
         return torch.zeros(shape, dtype=decoder.backend.dtype, device=device)
 
     caches = [LayerCache(k_BPKH=zeros(), v_BPKH=zeros()) for _ in decoder.layers]
-    ids = torch.arange(num_tokens, device=device) % config.vocab_size
+    ids = torch.tensor(token_ids, device=device)
     table = torch.arange(num_blocks, device=device).unsqueeze(0)
     first = num_tokens - 1
     positions = torch.arange(first, device=device)
@@ -147,6 +165,77 @@ def test_gpu_kernels_stay_close_to_float32(type_name: str, num_tokens: int, tmp_
     ours = run(load(path, cuda, backend_for(cuda), keeps_quantised=True), cuda, num_tokens)
     plain = run(load(path, CPU, backend_for(CPU), keeps_quantised=False), CPU, num_tokens)
     assert mean_kl(ours, plain) < 5e-3
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "F16", "IQ2_XS"])
+def test_e4m3_where_it_costs_least_and_plain_elsewhere(type_name: str, tmp_path: Path) -> None:
+    path = write_mixed(
+        tmp_path / "m.gguf", GGMLQuantizationType[type_name], tied=False, num_layers=3
+    )
+    decoder = load_as_is(path, CPU, dataclasses.replace(REFERENCE, weight_form="fp8"))
+    for index, layer in enumerate(decoder.layers):
+        linears = (layer.output, layer.gate_up, layer.down)
+        assert {isinstance(linear, Fp8Linear) for linear in linears} == {index == 1}
+        assert not isinstance(layer.qkv, Fp8Linear)
+    assert decoder.head is not None and not isinstance(decoder.head.output, Fp8Linear)
+    plain = run(load(path, CPU, REFERENCE, keeps_quantised=False), CPU)
+    error = (run(decoder, CPU) - plain).norm() / plain.norm()
+    assert 0.003 < error < 0.15  # rounded, and to three bits of mantissa
+
+
+def test_matrices_that_scaled_products_do_not_take_stay_dense(tmp_path: Path) -> None:
+    """80 rows and columns are multiples of 16, 72 are not."""
+    backend = dataclasses.replace(REFERENCE, weight_form="fp8")
+    rows = {size: Rows(values=torch.randn(size, 80), type_name=None) for size in (80, 72)}
+    assert isinstance(make_matrix([rows[80]], backend, "fp8"), Fp8Weight)
+    assert isinstance(make_matrix([rows[72]], backend, "fp8"), torch.Tensor)
+    both = make_matrix([rows[72], rows[72]], backend, "fp8")
+    assert isinstance(both, Fp8Weight)
+    assert torch.equal(both.codes_NK[:72].view(torch.uint8), both.codes_NK[72:].view(torch.uint8))
+
+
+@pytest.mark.parametrize("type_name", ["BF16", "F32"])
+def test_values_beyond_float16_are_an_error_that_says_what_to_do(
+    type_name: str, tmp_path: Path
+) -> None:
+    model = tiny.random_llama(tiny.llama_config())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = -1e5
+    kind = GGMLQuantizationType[type_name]
+    tensors = {
+        name: gguf.quants.quantize(values, kind) if values.ndim == 2 else values
+        for name, values in tiny.gguf_tensors(model).items()
+    }
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    tiny.write_metadata(writer, model.config)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values, raw_dtype=kind if values.ndim == 2 else None)
+    path = tiny.finish(writer, tmp_path / "m.gguf")
+    half = dataclasses.replace(REFERENCE, weight_form="planar", dtype=torch.float16)
+    words = r"blk\.1\.ffn_down\.weight holds -(99840|100000), .* set weights = \"bf16\""
+    with pytest.raises(ModelError, match=words):
+        load_as_is(path, CPU, half)
+    load_as_is(path, CPU, dataclasses.replace(half, weight_form="fp8", dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "F16", "BF16", "IQ2_XS"])
+@pytest.mark.parametrize(
+    ("weights", "activations", "allowed_kl"),
+    [("quantised", "f16", 1e-3), ("quantised", "int8", 5e-3), ("bf16", "auto", 5e-3)],
+)
+def test_every_precision_stays_close_to_float32(
+    type_name: str, weights: Weights, activations: Activations, allowed_kl: float, tmp_path: Path
+) -> None:
+    path = write_mixed(tmp_path / "m.gguf", GGMLQuantizationType[type_name], tied=False)
+    cuda = torch.device("cuda", 0)
+    backend = backend_for(cuda, weights=weights, activations=activations)
+    ours = load_as_is(path, cuda, backend)
+    plain = load(path, CPU, REFERENCE, keeps_quantised=False)
+    for num_tokens in (2, 9, 300):
+        got = run(ours, cuda, num_tokens)
+        assert got.dtype == torch.float32
+        assert mean_kl(got, run(plain, CPU, num_tokens)) < allowed_kl
 
 
 def test_the_gguf_package_knows_every_layout() -> None:

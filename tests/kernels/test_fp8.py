@@ -1,0 +1,104 @@
+"""8-bit floats and int8 activations: kernels against their twins, the scaled product on the GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeserve.kernels import fp8_reference, quant_reference
+from pipeserve.kernels.fp8_reference import Fp8Weight
+from tests.kernels.quant_cases import relative_error
+
+pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
+
+from pipeserve.kernels.fp8 import fp8_linear, quantise_tokens
+from pipeserve.kernels.quant_round import round_rows
+
+
+def every_e4m3(device: torch.device) -> torch.Tensor:
+    """All values from 0 to 448, in order."""
+    codes = torch.arange(127, dtype=torch.uint8, device=device)
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def fp8_weight(num_rows: int, num_columns: int, device: torch.device) -> Fp8Weight:
+    torch.manual_seed(1)
+    values = torch.randn(num_rows, num_columns, device=device) * 0.05
+    codes, scales = fp8_reference.quantise_tokens(values)
+    return Fp8Weight(codes_NK=codes, scales_1N=scales.t().contiguous())
+
+
+def test_every_value_and_every_midpoint_is_rounded_as_torch_rounds(device: torch.device) -> None:
+    values = every_e4m3(device)
+    middles = (values[1:] + values[:-1]) / 2
+    near = torch.cat([middles * (1 - 2**-20), middles * (1 + 2**-20)])
+    row = torch.cat([values, middles, near])
+    row = torch.cat([row, -row]).unsqueeze(0)  # its peak is 448: a scale of exactly 1
+    codes, scales = quantise_tokens(row)
+    assert scales.item() == 1.0
+    assert torch.equal(codes.view(torch.uint8), row.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.parametrize("num_columns", [16, 100, 1536])
+def test_quantise_tokens(num_columns: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, num_columns + 8, device=device)[:, :num_columns] * 30
+    x[1] = 0.0
+    x[2] = 1e-30
+    x[3, 0] = -1e4
+    got, scales = quantise_tokens(x)
+    wanted, wanted_scales = fp8_reference.quantise_tokens(x)
+    torch.testing.assert_close(scales, wanted_scales)
+    # On a GPU the quotient may differ in its last bit, and a code on the edge with it.
+    assert (got.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() < 2e-3
+    assert not got[1].float().any() and not got[2].float().any()
+    assert got[3, 0].float().item() == -448.0
+
+
+def test_the_twin_keeps_e4m3s_precision() -> None:
+    weight = fp8_weight(48, 512, torch.device("cpu"))
+    torch.manual_seed(1)
+    values = torch.randn(48, 512) * 0.05
+    assert 0.01 < relative_error(fp8_reference.dequantise(weight), values) < 0.03
+    x = torch.randn(5, 512)
+    bias = torch.randn(48)
+    got = fp8_reference.fp8_linear(x, weight, bias)
+    wanted = torch.nn.functional.linear(x, values, bias)
+    assert 0.005 < relative_error(got, wanted) < 0.05
+
+
+@pytest.mark.parametrize("num_columns", [64, 100, 2048 + 32])
+def test_round_rows(num_columns: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, num_columns + 8, device=device).half()[:, :num_columns]
+    x[1, :32] = 0.0
+    got, wanted = round_rows(x), quant_reference.round_rows(x)
+    assert got.dtype == torch.float16 and got.shape == x.shape
+    # On a GPU the reciprocal may differ in its last bit, and a code on the edge with it.
+    assert (got != wanted).float().mean() < 2e-3
+    assert 1e-3 < relative_error(got, x) < 1e-2
+    torch.testing.assert_close(got, wanted, atol=0.05, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 3, 17, 64, 300])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(48, 64), (960, 576), (4096, 14336)])
+def test_scaled_products(
+    num_tokens: int, num_rows: int, num_columns: int, device: torch.device
+) -> None:
+    """Inside a CUDA graph too. The bound: a rounding to bf16, and the tensor cores' own sums."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("8-bit floats need compute capability 8.9")
+    torch.manual_seed(0)
+    weight = fp8_weight(num_rows, num_columns, device)
+    x = torch.randn(num_tokens, num_columns, device=device).bfloat16()
+    bias = torch.randn(num_rows, device=device).bfloat16()
+    wanted = fp8_reference.fp8_linear(x.float(), weight, bias)
+    got = fp8_linear(x, weight, bias)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, wanted) < 1e-2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fp8_linear(x, weight, bias)
+    graph.replay()
+    assert torch.equal(captured, got)
