@@ -104,6 +104,18 @@ class StepLogprobs:
     """Of the K likeliest tokens, likeliest first."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A piece of time, by time.monotonic."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def length_s(self) -> float:
+        return self.end_s - self.start_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepOutput:
     """What came out of one step: a token for every row with samples_S, in the same order."""
@@ -112,8 +124,8 @@ class StepOutput:
     token_ids: IntArray
     logprobs: StepLogprobs | None
     """None where no row asked for them."""
-    stage_busy_s: tuple[float, ...]
-    """Seconds that each stage worked on this step, waiting not counted."""
+    stage_spans: tuple[Span, ...]
+    """When each stage worked on this step, waiting not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ Shapes: S rows of a step, T tokens, B entries of a row, R all rows.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,18 +27,16 @@ class BlockTable:
         """Enter the step's new blocks."""
         if len(batch.block_ids) == 0:
             return
-        rows = int_tensor(batch.block_rows, self._device)
-        columns = int_tensor(batch.block_columns, self._device)
-        self._table_RB[rows, columns] = int_tensor(batch.block_ids, self._device)
+        changes = np.stack((batch.block_rows, batch.block_columns, batch.block_ids))
+        rows, columns, block_ids = int_tensor(changes, self._device)
+        self._table_RB[rows, columns] = block_ids
 
-    def rows(self, rows_S: Tensor, *, max_length: int) -> Tensor:
-        """[S, B] for these rows, with as many columns as max_length tokens need."""
-        num_columns = -(-max_length // self._block_size)
-        return self._table_RB[:, :num_columns].index_select(0, rows_S)
-
-    def whole_rows(self, rows_S: Tensor) -> Tensor:
-        """[S, B] with all columns: a shape that no length changes."""
-        return self._table_RB.index_select(0, rows_S)
+    def rows(self, rows_S: Tensor, *, max_length: int | None) -> Tensor:
+        """[S, B] for these rows, with as many columns as max_length tokens need; None: all."""
+        table_RB = self._table_RB
+        if max_length is not None:
+            table_RB = table_RB[:, : -(-max_length // self._block_size)]
+        return table_RB.index_select(0, rows_S)
 
     def slots(self, rows_T: Tensor, positions_T: Tensor) -> Tensor:
         """Cache slot of every token, from its row and its position in the sequence."""

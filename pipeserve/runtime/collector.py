@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from pipeserve.core.batch import StageFailure, StepOutput
 from pipeserve.runtime.link import Handoff
-from pipeserve.runtime.model_runner import Sampled
+from pipeserve.runtime.sampled import Sampled
 
 Post = Callable[[StepOutput | StageFailure], None]
 
@@ -46,6 +46,6 @@ def make_output(handoff: Handoff, sampled: Sampled) -> StepOutput:
     return StepOutput(
         token_ids=sampled.token_ids(),  # waits, and everything else is there afterwards
         step_id=handoff.batch.step_id,
-        logprobs=sampled.logprobs,
-        stage_busy_s=tuple(busy() for busy in handoff.busy),
+        logprobs=sampled.step_logprobs(),
+        stage_spans=tuple(read() for read in handoff.spans),
     )

@@ -1,120 +1,108 @@
-"""DecodeGraphs: one stage's decode step as CUDA graphs, one per number of rows.
+"""StepGraphs: one stage's steps as CUDA graphs, each for a shape that smaller steps are padded to.
 
-Captured at load, before the stage's thread starts; replayed on that thread. Prefill runs eagerly.
+Captured at load, before the stage's thread starts; replayed on that thread. Steps that fit no shape
+(large prefill, which keeps a GPU busy for longer than its launches take) run eagerly.
 
-Shapes: S rows of a bucket, D model dim, V vocabulary, B blocks of a row.
+Shapes: T tokens of a step, N sampled rows, D model dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeserve.core.batch import MicroBatch
-from pipeserve.models.layers import AttentionMetadata, DecodeMetadata, Decoder, LayerCache
-from pipeserve.runtime.block_table import BlockTable
-from pipeserve.runtime.token_pool import TokenPool
+from pipeserve.runtime.devices import int_tensor
+from pipeserve.runtime.gpu_shapes import GpuShapes
+from pipeserve.runtime.step_computation import StepComputation
+from pipeserve.runtime.step_inputs import (
+    PADDING,
+    StepInputs,
+    StepShape,
+    pack,
+    spread,
+    without_fillers,
+)
 
-PADDING = -1
-"""Position of a row that only fills the bucket: it has no length and writes no slot."""
 
-
-def buckets_up_to(num_rows: int) -> tuple[int, ...]:
-    """1, 2, 4 and then every 8, up to num_rows: rows are padded to the next one."""
-    sizes = [size for size in (1, 2, 4) if size < num_rows]
-    return (*sizes, *range(8, num_rows, 8), num_rows)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    out: Tensor
-    """[S, D] hidden states, or on the last stage [S, V] logits; the next replay overwrites it."""
+    inputs: Tensor
+    """int64, as StepInputs packs them."""
 
 
-class DecodeGraphs:
-    """The same arithmetic as eager decode, on inputs of fixed addresses."""
+class StepGraphs:
+    """The same arithmetic as eager steps, on inputs of fixed addresses."""
 
     def __init__(
-        self,
-        *,
-        decoder: Decoder,
-        caches: Sequence[LayerCache],
-        block_table: BlockTable,
-        token_pool: TokenPool,
-        num_rows: int,
-        device: torch.device,
+        self, *, computation: StepComputation, shapes: GpuShapes, device: torch.device
     ) -> None:
-        """Compile the kernels and capture; takes seconds. Call under no other capture."""
-        self._decoder = decoder
-        self._caches = caches
-        self._block_table = block_table
-        self._token_pool = token_pool
+        self._computation = computation
+        self._shapes = shapes
         self._device = device
-        self._sizes = buckets_up_to(num_rows)
-        with torch.cuda.device(device), torch.inference_mode():
-            # Row and position of each row, in one tensor: one copy per step brings both.
-            self._inputs_2S = torch.zeros((2, num_rows), dtype=torch.int64, device=device)
-            self._inputs_2S[1] = PADDING
-            self._hidden_SD = torch.zeros((num_rows, decoder.config.hidden_size), device=device)
-            pool = torch.cuda.graph_pool_handle()
-            # Largest first: the smaller ones fit into its memory.
-            self._captured = {size: self._capture(size, pool) for size in reversed(self._sizes)}
+        # One pool and one stream for all: the allocator gives a stream only its own memory again.
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._captured: dict[StepShape, _Captured] = {}
+        config, largest = computation.decoder.config, shapes.captured()[0]
+        self._hidden_TD = torch.zeros((largest.num_tokens, config.hidden_size), device=device)
+        # [T, D], or on the last stage [N, V]. One for all graphs: what each left behind would add
+        # up to gigabytes.
+        self._out = torch.zeros_like(self._hidden_TD)
+        if computation.samples:
+            num_samples = max(largest.num_samples, largest.num_decode_rows)
+            self._out = torch.zeros((num_samples, config.vocab_size), device=device)
+        self.capture_s = 0.0
+        """How long all captures took, compilation included."""
 
     @property
-    def num_rows(self) -> int:
-        """Most rows of a step that can be replayed."""
-        return self._sizes[-1]
+    def num_captured(self) -> int:
+        return len(self._captured)
 
-    def _capture(self, size: int, pool: Any) -> _Captured:
-        self._compute(size)  # compiles what this size needs, outside the capture
+    def capture(self, shapes: Iterable[StepShape]) -> None:
+        """Compile the kernels of these shapes and capture. Call under no other capture."""
+        started_s = time.monotonic()
+        with torch.cuda.device(self._device), torch.inference_mode():
+            for shape in shapes:
+                self._captured[shape] = self._capture(shape)
+        self.capture_s += time.monotonic() - started_s
+
+    def _capture(self, shape: StepShape) -> _Captured:
+        # As of a step without a row: every position is a filler's.
+        inputs = torch.zeros(sum(shape.sizes), dtype=torch.int64, device=self._device)
+        views = StepInputs.of(inputs, shape)
+        views.positions_S.fill_(PADDING)
+        views.prefill_positions_T.fill_(PADDING)
+        self._compute(shape, inputs)  # compiles what this shape needs, outside the capture
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            out = self._compute(size)
-        return _Captured(graph=graph, out=out)
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            self._compute(shape, inputs)
+        return _Captured(graph=graph, inputs=inputs)
 
-    def _compute(self, size: int) -> Tensor:
-        rows_S, positions_S = self._inputs_2S[0, :size], self._inputs_2S[1, :size]
-        decoder = self._decoder
-        is_first, is_last = decoder.embedding is not None, decoder.head is not None
-        x_SD = decoder.embed(self._token_pool.read(rows_S)) if is_first else self._hidden_SD[:size]
-        slots_S = self._block_table.slots(rows_S, positions_S.clamp(min=0))
-        metadata = AttentionMetadata(
-            positions_T=positions_S,
-            slots_T=torch.where(positions_S < 0, PADDING, slots_S),
-            num_decode_rows=size,
-            decode=DecodeMetadata(
-                block_table_SB=self._block_table.whole_rows(rows_S), lengths_S=positions_S + 1
-            ),
-            prefill=None,
-        )
-        x_SD = decoder.forward(x_SD, self._caches, metadata)
-        return decoder.logits(x_SD) if is_last else x_SD
+    def _compute(self, shape: StepShape, inputs: Tensor) -> None:
+        hidden_TD = None if self._computation.embeds else self._hidden_TD[: shape.num_tokens]
+        out = self._computation(StepInputs.of(inputs, shape), hidden_TD, max_length=None)
+        self._out[: len(out)].copy_(out)
 
-    def replay(self, batch: MicroBatch, hidden_SD: Tensor | None) -> Tensor:
-        """Compute a step of decode rows alone: [S, D], or [S, V] on the last stage.
-
-        The result is the caller's own where it may outlive the next replay: hidden states are
-        copied, logits are not.
-        """
-        count = batch.num_rows
-        size = self._sizes[bisect_left(self._sizes, count)]
-        inputs = np.full((2, size), PADDING, dtype=np.int64)
-        inputs[0] = 0
-        inputs[0, :count], inputs[1, :count] = batch.rows_S, batch.first_positions_S
-        pinned = torch.from_numpy(inputs).pin_memory()
-        self._inputs_2S[:, :size].copy_(pinned, non_blocking=True)
-        if hidden_SD is not None:
-            self._hidden_SD[:count].copy_(hidden_SD, non_blocking=True)
-        captured = self._captured[size]
+    def replay(self, batch: MicroBatch, hidden_TD: Tensor | None) -> Tensor | None:
+        """[T, D], or [N, V] on the last stage, valid until the next replay; None: no shape fits."""
+        shape = self._shapes.find_captured(batch)
+        if shape is None:
+            return None
+        captured = self._captured[shape]
+        captured.inputs.copy_(int_tensor(pack(batch, shape), self._device))
+        if hidden_TD is not None:
+            spread(hidden_TD, batch, shape, out_TD=self._hidden_TD)
         captured.graph.replay()
-        out = captured.out[:count]
-        return out if self._decoder.head is not None else out.clone()
+        if self._computation.samples:
+            return self._out[: int(batch.samples_S.sum())]
+        return without_fillers(self._out, batch, shape)

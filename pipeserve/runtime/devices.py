@@ -50,6 +50,10 @@ def _unknown(name: str) -> ConfigError:
 def int_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     """A message's integers as int64 on a device: the type that torch indexes by.
 
-    Always a copy, since a message may be read-only.
+    Always a copy, since a message may be read-only. To a GPU it is on its way, in the order of the
+    current stream; torch keeps the pinned memory until it has arrived.
     """
-    return torch.from_numpy(array.astype(np.int64)).to(device)
+    tensor = torch.from_numpy(array.astype(np.int64))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

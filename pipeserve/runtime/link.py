@@ -1,6 +1,6 @@
 """Link: the way from one stage's thread to the next one's, or from the engine to the first stage.
 
-On the CPU a hidden state is a fresh tensor that changes hands; nothing is copied.
+A micro-batch and what belongs to it; how a tensor crosses devices is its transfer's matter.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from pipeserve.core.batch import MicroBatch
-from pipeserve.runtime.step_clock import BusySeconds
+from pipeserve.runtime.step_clock import ReadSpan
+from pipeserve.runtime.transfer import Arrival
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -19,9 +18,9 @@ class Handoff:
     """A micro-batch on its way down the pipeline."""
 
     batch: MicroBatch
-    hidden_TD: Tensor | None
+    hidden_TD: Arrival | None
     """The previous stage's output; None before the first stage."""
-    busy: tuple[BusySeconds, ...]
+    spans: tuple[ReadSpan, ...]
     """What each stage so far knows of its time on the step."""
 
 
@@ -29,7 +28,7 @@ class Link:
     """First in, first out: the order of steps is the correctness of KV blocks and rows.
 
     `send` never blocks. What lies in a link is bounded by the micro-batches that the engine keeps
-    in flight, so a device link may be a ring of as many buffers, plus the one being filled.
+    in flight, so a transfer's ring of as many buffers, plus the one being filled, is deep enough.
     """
 
     def __init__(self) -> None:

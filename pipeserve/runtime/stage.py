@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,9 +17,10 @@ import torch
 from pipeserve.core.batch import MicroBatch, StageFailure
 from pipeserve.runtime.collector import Collector, Post, make_output
 from pipeserve.runtime.link import Handoff, Link
-from pipeserve.runtime.model_runner import Sampled
-from pipeserve.runtime.step_clock import start_clock
+from pipeserve.runtime.sampled import Sampled
+from pipeserve.runtime.step_clock import make_clock
 from pipeserve.runtime.token_pool import TokenPool
+from pipeserve.runtime.transfer import Transfer
 
 
 class Runner(Protocol):
@@ -27,6 +29,14 @@ class Runner(Protocol):
     def run(self, batch: MicroBatch, hidden_TD: torch.Tensor | None) -> torch.Tensor | Sampled:
         """The hidden states for the next stage, or on the last stage what was sampled."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outlet:
+    """To the next stage: its link, and the way of the hidden states to its device."""
+
+    link: Link
+    transfer: Transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +50,7 @@ class Activity:
 
 class Stage:
     """Takes micro-batches from `inlet`, passes them to `outlet`; the last stage posts instead, or
-    leaves that to `collector`."""
+    leaves that to `collector`. On a GPU everything that it launches goes to a stream of its own."""
 
     def __init__(
         self,
@@ -51,7 +61,7 @@ class Stage:
         runner: Runner,
         token_pool: TokenPool,
         inlet: Link,
-        outlet: Link | None,
+        outlet: Outlet | None,
         collector: Collector | None,
         post: Post,
         on_failure: Callable[[], None],
@@ -81,34 +91,43 @@ class Stage:
         torch.set_num_threads(self._num_threads)
         torch.get_num_threads()
         try:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # of this thread: kernels are launched on it
-            with torch.inference_mode():
+            with self._own_stream(), torch.inference_mode():
                 self._work()
         except Exception as error:
             self._post(StageFailure(stage=self.index, error=f"{type(error).__name__}: {error}"))
             self._on_failure()
 
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Kernels of this thread run on the stage's device, beside those of other stages."""
+        if self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.set_device(self.device)
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            yield
+
     def _work(self) -> None:
+        clock = make_clock(self.device)
         while (handoff := self._inlet.receive()) is not None:
-            if not self._await_tokens(handoff.batch):
+            if not self._receive_tokens(handoff.batch):
                 return
             self._activity = Activity(step_id=handoff.batch.step_id, since_s=time.monotonic())
-            stop_clock = start_clock(self.device)
-            result = self._runner.run(handoff.batch, handoff.hidden_TD)
+            hidden_TD = None if handoff.hidden_TD is None else handoff.hidden_TD.take()
+            stop_clock = clock.start()
+            result = self._runner.run(handoff.batch, hidden_TD)
             self._activity = None
-            self._pass_on(replace(handoff, busy=(*handoff.busy, stop_clock())), result)
+            self._pass_on(replace(handoff, spans=(*handoff.spans, stop_clock())), result)
 
-    def _await_tokens(self, batch: MicroBatch) -> bool:
-        """On the first stage: wait for the ids that decode rows read. False if closed meanwhile."""
-        if self.index > 0 or batch.needs_step is None:
-            return True
-        return self._token_pool.wait_for(batch.needs_step)
+    def _receive_tokens(self, batch: MicroBatch) -> bool:
+        """On the first stage: take in the ids that decode rows read. False if closed meanwhile."""
+        return self.index > 0 or self._token_pool.receive(batch.needs_step)
 
     def _pass_on(self, handoff: Handoff, result: torch.Tensor | Sampled) -> None:
         if not isinstance(result, Sampled):
             assert self._outlet is not None, "only the last stage samples"
-            self._outlet.send(replace(handoff, hidden_TD=result))
+            arrival = self._outlet.transfer.send(result)
+            self._outlet.link.send(replace(handoff, hidden_TD=arrival))
         elif self._collector is not None:
             self._collector.add(handoff, result)
         else:

@@ -1,44 +1,75 @@
-"""How long a stage works on a step: by the host's clock on a CPU, by events on a GPU's stream.
+"""StepClock: when a stage worked on a step, by the host's clock on a CPU, by events on a GPU.
 
-Started and stopped on the stage's thread; read once the step has left the pipeline.
+Started and stopped on the stage's thread, in the order of the steps; read in the same order once
+each step has left the pipeline.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-BusySeconds = Callable[[], float]
-"""Seconds that a stage worked on a step. To be asked only when the step's results are there."""
+from pipeserve.core.batch import Span
+
+ReadSpan = Callable[[], Span]
+"""To be asked once for each step, in order, and only when the step's results are there."""
 
 
-def start_clock(device: torch.device) -> Callable[[], BusySeconds]:
-    """Start; the returned function stops."""
-    return _start_events() if device.type == "cuda" else _start_host()
+class StepClock(Protocol):
+    """One stage's."""
+
+    def start(self) -> Callable[[], ReadSpan]:
+        """The stage begins with a step; the returned function ends it."""
+        ...
 
 
-def _start_host() -> Callable[[], BusySeconds]:
-    started_s = time.monotonic()
-
-    def stop() -> BusySeconds:
-        busy_s = time.monotonic() - started_s
-        return lambda: busy_s
-
-    return stop
+def make_clock(device: torch.device) -> StepClock:
+    """On a GPU: for the current stream."""
+    return EventClock() if device.type == "cuda" else HostClock()
 
 
-def _start_events() -> Callable[[], BusySeconds]:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
+class HostClock:
+    """For a stage that is done with a step when its call returns."""
 
-    def stop() -> BusySeconds:
-        last.record()
-        return read
+    def start(self) -> Callable[[], ReadSpan]:
+        started_s = time.monotonic()
 
-    def read() -> float:
+        def stop() -> ReadSpan:
+            span = Span(start_s=started_s, end_s=time.monotonic())
+            return lambda: span
+
+        return stop
+
+
+class EventClock:
+    """For a stage that only launches. Each event's time is told from the one before it, since the
+    distance of two events is a float32 of milliseconds and gets coarse over hours."""
+
+    def __init__(self) -> None:
+        self._last = _record()
+        self._last.synchronize()
+        self._last_s = time.monotonic()
+
+    def start(self) -> Callable[[], ReadSpan]:
+        first = _record()
+
+        def stop() -> ReadSpan:
+            last = _record()
+            return lambda: self._read(first, last)
+
+        return stop
+
+    def _read(self, first: torch.cuda.Event, last: torch.cuda.Event) -> Span:
         last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        start_s = self._last_s + self._last.elapsed_time(first) / 1e3
+        self._last, self._last_s = last, start_s + first.elapsed_time(last) / 1e3
+        return Span(start_s=start_s, end_s=self._last_s)
 
-    return stop
+
+def _record() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -1,38 +1,69 @@
 """TokenPool: the last sampled token of every row, handed from the last stage back to the first.
 
-Written on the last stage's thread, read on the first one's; neither polls.
+Published on the last stage's thread, everything else happens on the first one's; neither polls, and
+no GPU is waited for.
 """
 
 from __future__ import annotations
 
-import threading
+import queue
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pipeserve.core.batch import IntArray
+from pipeserve.runtime.devices import int_tensor
+from pipeserve.runtime.transfer import Arrival, Transfer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Published:
+    step_id: int
+    rows_S: IntArray
+    ids_S: Arrival
 
 
 class TokenPool:
     """Lies on the first stage's device. Rows of different steps do not disturb each other: a row's
     next token is sampled only after its previous one was read."""
 
-    def __init__(self, *, num_rows: int, device: torch.device) -> None:
+    def __init__(self, *, num_rows: int, device: torch.device, transfer: Transfer) -> None:
+        """transfer: from the last stage's device to this one, for num_rows ids."""
+        self._device = device
+        self._transfer = transfer
         self._tokens_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._changed = threading.Condition()
+        self._queue: queue.SimpleQueue[_Published | None] = queue.SimpleQueue()
         self._newest_step = -1
         self._is_closed = False
 
-    def publish(self, step_id: int, rows_S: Tensor, token_ids_S: Tensor) -> None:
-        """Store what a step sampled and let the first stage read it. Steps come in order."""
-        self._tokens_R[rows_S.to(self._tokens_R.device)] = token_ids_S.to(self._tokens_R.device)
-        with self._changed:
-            self._newest_step = step_id
-            self._changed.notify_all()
+    def publish(self, step_id: int, rows_S: IntArray, ids_S: Tensor) -> None:
+        """Send what a step sampled on its way. Steps come in order, also those without a row."""
+        arrival = self._transfer.send(ids_S)
+        self._queue.put(_Published(step_id=step_id, rows_S=rows_S, ids_S=arrival))
 
-    def wait_for(self, step_id: int) -> bool:
-        """Wait until that step is published; False if the pool was closed instead."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._newest_step >= step_id or self._is_closed)
-            return not self._is_closed
+    def receive(self, needs_step: int | None) -> bool:
+        """Enter every token that was sent by now, and wait until those of needs_step were.
+
+        False if the pool was closed instead. To be called before each step, since what is on its
+        way lies in a ring.
+        """
+        while not self._is_closed:
+            is_awaited = needs_step is not None and self._newest_step < needs_step
+            try:
+                published = self._queue.get(block=is_awaited)
+            except queue.Empty:
+                return True
+            if published is None:
+                break
+            self._enter(published)
+        return False
+
+    def _enter(self, published: _Published) -> None:
+        self._newest_step = published.step_id
+        if len(published.rows_S) > 0:
+            rows_S = int_tensor(published.rows_S, self._device)
+            self._tokens_R.index_copy_(0, rows_S, published.ids_S.take())
 
     def read(self, rows_S: Tensor) -> Tensor:
         """[S] int64."""
@@ -40,6 +71,5 @@ class TokenPool:
 
     def close(self) -> None:
         """Wake whoever waits."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        self._is_closed = True
+        self._queue.put(None)

@@ -6,9 +6,11 @@ A plain scheduler: cohorts in turn, chunks of prompts, blocks dealt out in shuff
 from __future__ import annotations
 
 import queue
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -207,8 +209,8 @@ class Driver:
         output = self.outputs.get(timeout=PATIENCE_S)
         assert isinstance(output, StepOutput), output
         assert output.step_id == min(in_flight), "outputs come in the order of steps"
-        assert len(output.stage_busy_s) == self.pipeline.facts.num_stages
-        self.stage_busy_s += output.stage_busy_s
+        assert len(output.stage_spans) == self.pipeline.facts.num_stages
+        self.stage_busy_s += [span.length_s for span in output.stage_spans]
         samplers = in_flight.pop(output.step_id)
         assert len(output.token_ids) == len(samplers)
         for index, running in enumerate(samplers):
@@ -236,16 +238,32 @@ def _take_logprobs(running: _Running, logprobs: StepLogprobs, index: int) -> Non
     running.result.top_logprobs.append(logprobs.top_SK[index, :num_wanted].tolist())
 
 
+@cache
+def timings_folder() -> tempfile.TemporaryDirectory[str]:
+    """Where layer times of this test process are kept: not among the user's own."""
+    return tempfile.TemporaryDirectory(prefix="pipeserve-tests-")
+
+
 @contextmanager
 def running_driver(
-    path: Path, devices: Sequence[str] = ("cpu", "cpu"), **options: object
+    path: Path,
+    devices: Sequence[str] = ("cpu", "cpu"),
+    *,
+    slowdowns: Sequence[float] | None = None,
+    **options: object,
 ) -> Iterator[Driver]:
     """A driver on a real pipeline for the model at `path`; ends its threads afterwards."""
-    config = Config(**{"kv_cache_bytes": 64 * 1024**2, "max_num_seqs": 16} | options)  # type: ignore[arg-type]
+    defaults = {"kv_cache_bytes": 64 * 1024**2, "max_num_seqs": 16}
+    config = Config(**{**defaults, "cache_dir": timings_folder().name, **options})  # type: ignore[arg-type]
     outputs: queue.SimpleQueue[StepOutput | StageFailure] = queue.SimpleQueue()
     with GGUFFile.open(path) as gguf_file:
         pipeline = Pipeline.start(
-            gguf_file, config, devices, post=outputs.put, on_progress=lambda read, total: None
+            gguf_file,
+            config,
+            devices,
+            post=outputs.put,
+            on_progress=lambda event: None,
+            slowdowns=slowdowns,
         )
     try:
         yield Driver(pipeline, outputs)

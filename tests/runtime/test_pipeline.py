@@ -12,18 +12,30 @@ import torch
 
 from pipeserve.config import Config
 from pipeserve.core.batch import MicroBatch, PipelineFacts, RowStart, StageFailure, StepOutput
+from pipeserve.core.loading import LoadEvent, StageProgress
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.kernels.backend import REFERENCE
 from pipeserve.models.registry import check_model
 from pipeserve.runtime.devices import resolve_devices
-from pipeserve.runtime.model_runner import Sampled
-from pipeserve.runtime.pipeline import Pipeline, plan_pipeline
+from pipeserve.runtime.pipeline import Pipeline
+from pipeserve.runtime.placement import place
+from pipeserve.runtime.plan import plan_pipeline
+from pipeserve.runtime.sampled import Sampled
 from pipeserve.runtime.token_pool import TokenPool
+from pipeserve.runtime.transfer import HostTransfer
 from tests.models import tiny
 from tests.models.agreement import assert_same_output
-from tests.runtime.driver import PATIENCE_S, Driver, Prompt, Result, Schedule, running_driver
+from tests.runtime.driver import (
+    PATIENCE_S,
+    Driver,
+    Prompt,
+    Result,
+    Schedule,
+    running_driver,
+    timings_folder,
+)
 
 NUM_TOKENS = 20
 
@@ -148,8 +160,10 @@ def test_every_stage_reports_its_busy_time(tiny_path: Path) -> None:
 
 def plan(tiny_path: Path, devices: tuple[str, ...] = ("cpu",), **options: object) -> PipelineFacts:
     with GGUFFile.open(tiny_path) as file:
-        config = Config(**options)  # type: ignore[arg-type]
-        return plan_pipeline(check_model(file), config, devices, file_bytes=file.file_size).facts
+        model = check_model(file)
+        config = Config(**{"cache_dir": timings_folder().name, **options})  # type: ignore[arg-type]
+        placement = place(file, model, config, devices)
+        return plan_pipeline(model, config, placement.devices, placement.split).facts
 
 
 BLOCK_BYTES = 2 * 16 * 2 * 8 * 4  # keys and values, 16 tokens, 2 heads of 8, float32
@@ -194,6 +208,11 @@ def test_no_more_blocks_than_could_be_in_use(tiny_path: Path) -> None:
             "context_length is 200, but kv_cache_bytes holds 192 tokens",
         ),
         (("cpu",), {"kv_cache_bytes": 100}, "kv_cache_bytes is 100"),
+        (
+            ("cpu",),
+            {"max_num_batched_tokens": 32},
+            "max_num_batched_tokens is 32 and max_num_seqs 64",
+        ),
         (("gpu0",), {}, "devices names gpu0"),
         (("cuda:99",), {}, "devices names cuda:99"),
         (("cpu:3",), {}, "devices names cpu:3"),
@@ -215,36 +234,35 @@ def test_auto_never_takes_more_stages_than_layers(monkeypatch: pytest.MonkeyPatc
     assert [device.index for device in resolve_devices(("auto",), num_layers=3)] == [0, 1, 2]
 
 
-def test_progress_ends_at_all_bytes_of_the_tensors(tiny_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+def test_each_stage_reports_until_all_bytes_of_its_tensors_are_read(tiny_path: Path) -> None:
+    seen: list[LoadEvent] = []
     with GGUFFile.open(tiny_path) as file:
         total = sum(info.num_bytes for info in file.tensors.values())
         pipeline = Pipeline.start(
             file,
-            Config(kv_cache_bytes=2**20),  # type: ignore[arg-type]
+            Config(kv_cache_bytes=2**20, cache_dir=timings_folder().name),  # type: ignore[arg-type]
             ("cpu",) * 3,
             post=lambda output: None,
-            on_progress=lambda read, all_bytes: seen.append((read, all_bytes)),
+            on_progress=seen.append,
         )
     assert pipeline.close(timeout_s=PATIENCE_S)
-    assert seen == sorted(seen)
-    assert seen[-1] == (total, total)
+    read = [event for event in seen if isinstance(event, StageProgress)]
+    by_stage = [[event for event in read if event.stage == stage] for stage in range(3)]
+    for events in by_stage:
+        num_read = [event.num_read for event in events]
+        assert num_read == sorted(num_read)
+        assert (events[-1].num_read, events[-1].percent) == (events[-1].num_bytes, 100)
+    assert sum(events[-1].num_bytes for events in by_stage) == total
 
 
-def test_a_stage_touches_its_own_tensors_only(
-    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_touches_its_own_tensors_only(tiny_path: Path) -> None:
     from pipeserve.models.loader import LayerRange, WeightReader
     from pipeserve.models.registry import find_family
 
     read: list[str] = []
     with GGUFFile.open(tiny_path) as file:
         weights = WeightReader(
-            file,
-            device=torch.device("cpu"),
-            backend=REFERENCE,
-            keeps_quantised=False,
-            on_read=read.append,
+            file, device=torch.device("cpu"), backend=REFERENCE, on_read=read.append
         )
         middle = LayerRange(first=1, end=2, num_layers=3)
         decoder = find_family(file).load(check_model(file), middle, weights)
@@ -272,8 +290,8 @@ class FakeRunner:
         self.act(batch)
         if not self.is_last:
             return torch.zeros(batch.num_tokens, 1)
-        rows = torch.from_numpy(batch.rows_S).long()
-        self.token_pool.publish(batch.step_id, rows, torch.zeros_like(rows))
+        ids = torch.zeros(batch.num_rows, dtype=torch.int64)
+        self.token_pool.publish(batch.step_id, batch.rows_S, ids)
         return Sampled(
             ids_S=torch.zeros(batch.num_rows, dtype=torch.int32), arrived=None, logprobs=None
         )
@@ -302,7 +320,7 @@ Outputs = queue.SimpleQueue[StepOutput | StageFailure]
 def fake_pipeline(
     *kinds: type[FakeRunner], threads_per_stage: int = 1
 ) -> tuple[Pipeline, list[FakeRunner], Outputs]:
-    token_pool = TokenPool(num_rows=4, device=torch.device("cpu"))
+    token_pool = TokenPool(num_rows=4, device=torch.device("cpu"), transfer=HostTransfer())
     runners = [kind(token_pool, index == len(kinds) - 1) for index, kind in enumerate(kinds)]
     outputs: Outputs = queue.SimpleQueue()
     pipeline = Pipeline(
@@ -318,6 +336,7 @@ def fake_pipeline(
         ),
         runners=runners,
         devices=[torch.device("cpu")] * len(kinds),
+        transfers=[HostTransfer()] * (len(kinds) - 1),
         token_pool=token_pool,
         threads_per_stage=threads_per_stage,
         post=outputs.put,

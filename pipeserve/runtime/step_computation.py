@@ -1,0 +1,95 @@
+"""StepComputation: one stage's arithmetic for a step, from packed inputs to hidden states or
+logits.
+
+Runs eagerly or under capture, on the stage's thread and stream; reads and writes the stage's device
+alone and never waits for it.
+
+Shapes: T all tokens of a step (decode rows, then prefill), N sampled rows, D model dim, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeserve.models.layers import (
+    AttentionMetadata,
+    DecodeMetadata,
+    Decoder,
+    LayerCache,
+    PrefillMetadata,
+)
+from pipeserve.runtime.block_table import BlockTable
+from pipeserve.runtime.step_inputs import PADDING, StepInputs
+from pipeserve.runtime.token_pool import TokenPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepComputation:
+    """The parts of a stage that its steps compute with."""
+
+    decoder: Decoder
+    caches: Sequence[LayerCache]
+    block_table: BlockTable
+    token_pool: TokenPool
+
+    @property
+    def embeds(self) -> bool:
+        """Whether this is the first stage."""
+        return self.decoder.embedding is not None
+
+    @property
+    def samples(self) -> bool:
+        """Whether this is the last stage."""
+        return self.decoder.head is not None
+
+    def __call__(
+        self, inputs: StepInputs[Tensor], hidden_TD: Tensor | None, *, max_length: int | None
+    ) -> Tensor:
+        """[T, D], or on the last stage [N, V] float32.
+
+        hidden_TD: the previous stage's output, None on the first stage. max_length: of the rows,
+        where the host knows it; without, the shapes depend on the inputs' shapes alone.
+        """
+        x_TD = self._embed(inputs) if hidden_TD is None else hidden_TD
+        x_TD = self.decoder.forward(x_TD, self.caches, self._metadata(inputs, max_length))
+        if not self.samples:
+            return x_TD
+        if len(inputs.prefill_ids_T) > 0:
+            x_TD = x_TD.index_select(0, inputs.sampled_tokens_N)
+        if len(x_TD) == 0:
+            return x_TD.new_empty((0, self.decoder.config.vocab_size))
+        return self.decoder.logits(x_TD)
+
+    def _embed(self, inputs: StepInputs[Tensor]) -> Tensor:
+        ids_S = self.token_pool.read(inputs.rows_S)
+        return self.decoder.embed(torch.cat((ids_S, inputs.prefill_ids_T)))
+
+    def _metadata(self, inputs: StepInputs[Tensor], max_length: int | None) -> AttentionMetadata:
+        table, num_decode = self.block_table, len(inputs.rows_S)
+        rows_T = torch.cat((inputs.rows_S, inputs.prefill_rows_T))
+        positions_T = torch.cat((inputs.positions_S, inputs.prefill_positions_T))
+        slots_T = table.slots(rows_T, positions_T.clamp(min=0))
+        decode = prefill = None
+        if num_decode > 0:
+            decode = DecodeMetadata(
+                block_table_SB=table.rows(inputs.rows_S, max_length=max_length),
+                lengths_S=inputs.positions_S + 1,
+            )
+        if len(inputs.chunk_rows_C) > 0:
+            prefill = PrefillMetadata(
+                block_table_SB=table.rows(inputs.chunk_rows_C, max_length=max_length),
+                first_positions_S=inputs.chunk_first_positions_C,
+                num_tokens_S=inputs.chunk_num_tokens_C,
+            )
+        return AttentionMetadata(
+            positions_T=positions_T,
+            slots_T=torch.where(positions_T < 0, PADDING, slots_T),
+            num_decode_rows=num_decode,
+            decode=decode,
+            prefill=prefill,
+        )
