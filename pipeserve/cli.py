@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import sys
 import typing
@@ -13,6 +14,7 @@ from pipeserve import __version__
 from pipeserve.config import Config, load_config
 from pipeserve.errors import PipeserveError
 from pipeserve.log import configure_logging
+from pipeserve.toolchain import keep_kernels_in
 
 DESCRIPTION = """\
 Serves GGUF language models to OpenAI clients, with the layers cut into pipeline stages so that
@@ -41,15 +43,26 @@ smollm-135m, tiny. Recipes: q4_k_m, or one type for every matrix: q4_0, q8_0, q6
 
 examples:
   pipeserve bench engine --shape llama-8b --batch 1,8,32 --prompt 512 --output 128
+  pipeserve bench engine --shape llama-8b --batch 1,32,128 --profile
   pipeserve bench engine --shape llama-8b --devices cuda:0,cuda:1 --clients 512 --json
   pipeserve bench engine --model demo --devices cpu,cpu --batch 1,8"""
 
-BENCH_OPTIONS = ("shape", "recipe", "prompt", "output", "batch", "clients", "requests", "json")
+BENCH_OPTIONS = (
+    "shape",
+    "recipe",
+    "prompt",
+    "output",
+    "batch",
+    "clients",
+    "requests",
+    "profile",
+    "json",
+)
 
 HTTP_OPTIONS = frozenset(
     {
         *("served_model_name", "max_queued_requests", "max_body_bytes", "text_timeout_s"),
-        *("host", "port", "drain_timeout_s", "log_level", "log_format"),
+        *("processes", "host", "port", "drain_timeout_s", "log_level", "log_format"),
     }
 )
 """Fields of Config that mean nothing to a benchmark without the front half."""
@@ -143,6 +156,11 @@ def _add_bench_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentPa
         metavar="N",
         help="of all clients together. Default: 4 for each client.",
     )
+    add(
+        "--profile",
+        action="store_true",
+        help="afterwards trace a steady decode of each batch: time per GPU kernel",
+    )
     add("--json", action="store_true", help="print JSON instead of a table")
     _add_options(
         engine, [name for name in Config.model_fields if name not in {"model", *HTTP_OPTIONS}]
@@ -187,7 +205,7 @@ def run_serve(parsed: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(parsed).items() if name in Config.model_fields}
     config = load_config(overrides=options, config_file=parsed.config)
     configure_logging(level=config.log_level, log_format=config.log_format)
-    from pipeserve import daemon  # loads torch, which no other command needs
+    from pipeserve import daemon  # loads the server, which no other command needs
 
     return daemon.serve(config)
 
@@ -213,10 +231,14 @@ def run_bench_engine(parsed: argparse.Namespace) -> int:
         num_clients=parsed.clients,
         num_requests=parsed.requests,
     )
+    if parsed.profile:
+        traced = tuple(load.num_concurrent for load in workload.loads)
+        workload = dataclasses.replace(workload, traced=traced)
     options = {name: value for name, value in vars(parsed).items() if name in Config.model_fields}
     config = load_config(overrides=options, config_file=parsed.config)
     options |= missing_options(workload, config)
     configure_logging(level="warning", log_format="auto")
+    keep_kernels_in(config.cache_dir)
     from pipeserve.bench import engine, report  # load torch
 
     if parsed.shape is not None:

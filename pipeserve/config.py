@@ -47,11 +47,15 @@ class Config(BaseSettings):
     served_model_name: str | None = None
     """The name that clients use; left out, it is taken from the model."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
-    """Where downloaded models are kept."""
+    """Where downloaded models, compiled GPU kernels and measured times are kept."""
     devices: Annotated[tuple[str, ...], NoDecode] = ("auto",)
-    """One device per pipeline stage, in order, such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; auto takes every GPU, or two CPU stages where there is none."""
+    """One device per pipeline stage, such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], which are put in the fastest order unless layer_split is given; auto takes every GPU, or two CPU stages where there is none."""
     layer_split: Annotated[tuple[int, ...] | None, NoDecode] = None
-    """Layers per stage, in order; left out, the slowest stage is made as fast as possible."""
+    """Layers per stage, in the order of devices; left out, layers are timed on every kind of device and cut so that the slowest stage is as fast as possible within the memory."""
+    weights: Literal["quantised", "bf16", "fp8"] = "quantised"
+    """How GPUs hold matrices: quantised keeps the file's types and sizes; bf16 takes 2 bytes per weight, fp8 one (e4m3 with a scale per row, activations likewise per token) except where that costs most: embedding, output head, first and last layer, query, key and value rows stay bf16. Both multiply large batches faster. CPU stages always compute in float32."""
+    activations: Literal["auto", "f16", "int8"] = "auto"
+    """What GPUs multiply quantised weights by: f16, or int8 with a scale per 32, whatever the batch; auto takes int8 for few rows and f16 for more, whichever is faster."""
     threads_per_stage: Annotated[int, Field(ge=1)] = 1
     """Compute threads of a CPU stage."""
     context_length: Annotated[int, Field(ge=16)] | None = None
@@ -59,13 +63,23 @@ class Config(BaseSettings):
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens per block of the KV cache."""
     kv_cache_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
-    """KV cache of each stage, such as "4GiB"; left out, 1 GiB on a CPU stage."""
-    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Most sequences that run at once."""
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 256
-    """Most tokens in one micro-batch; longer prompts are computed in chunks."""
+    """KV cache of each stage, such as "4GiB"; left out, 1 GiB on a CPU stage and on a GPU what weights, steps and graphs leave of it, but for 2 %."""
+    memory_limit_bytes: Annotated[tuple[Annotated[ByteSize, Field(ge=1)], ...] | None, NoDecode] = (
+        None
+    )
+    """Most memory that a stage may take for weights, steps and KV cache, such as "20GiB": one value for each of devices, or one for all; left out, all that is free on a GPU."""
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """Type of cached keys and values: auto is that of the activations; int8, with a scale per token and head, holds about twice the tokens of float16."""
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Most sequences that run at once; left out, 256 where all stages are on GPUs, else 64."""
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens in one micro-batch, longer prompts are computed in chunks; left out, 2048 where all stages are on GPUs, else 256."""
     num_look_ahead: Annotated[int, Field(ge=0, le=1)] = 1
     """Decode steps that are queued before the previous step's tokens are known."""
+    processes: Literal["auto", "one", "two"] = "auto"
+    """Processes of the daemon: two give scheduler and stages one of their own, beside that for HTTP and text, which starts it again when it dies; auto is two where a stage is on a GPU."""
+    hand_off: Literal["auto", "peer", "staged"] = "auto"
+    """How stages on different GPUs hand over: peer copies from card to card, staged goes through the host's memory; auto tries whether peer copies arrive intact and stages where they do not."""
     max_queued_requests: Annotated[int, Field(ge=0)] = 256
     """Sequences that may wait for a place before further requests get status 429."""
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(8 * 1024**2)
@@ -77,7 +91,7 @@ class Config(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one and logs it."""
     stage_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """A stage that makes no progress for this long is taken for stuck, and the daemon ends."""
+    """A stage that makes no progress for this long is taken for stuck: the engine process is started again, or with one process the daemon ends."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """How long running requests may take to finish after SIGTERM."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -85,13 +99,14 @@ class Config(BaseSettings):
     log_format: Literal["auto", "console", "json"] = "auto"
     """Shape of log lines; auto writes console lines to a terminal and JSON otherwise."""
 
-    @field_validator("devices", "layer_split", mode="before")
+    @field_validator("devices", "layer_split", "memory_limit_bytes", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
-        """On the command line and in the environment a list is written a,b,c."""
+        """On the command line and in the environment a list is written a,b,c; one value may stand
+        for a list of it."""
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+        return (value,) if isinstance(value, int) else value
 
     @field_validator("devices")
     @classmethod
@@ -107,11 +122,11 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.weights != "quantised" and self.activations != "auto":
             raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_num_seqs "
-                f"{self.max_num_seqs}: a micro-batch must hold a token of every running sequence; "
-                "raise the one or lower the other"
+                f"activations is {self.activations!r} and weights {self.weights!r}, which knows no "
+                "other activations than its own; leave activations out, or set weights = "
+                "'quantised'"
             )
         stages = len(self.devices)
         if self.layer_split is not None and self.devices != ("auto",):

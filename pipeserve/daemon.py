@@ -1,52 +1,49 @@
 """The daemon: builds every part, says when it is ready, drains and stops.
 
-The composition root: the only place where the engine meets the runtime. Runs on the event loop;
-loading runs on a thread.
+Runs on the event loop; loading runs on threads. Has no torch: the engine half, in this process or
+beside it, brings its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import uvloop
 from aiohttp import web
 
-from pipeserve import __version__
 from pipeserve.config import Config
+from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.loading import LoadEvent, LoadNotice, OnProgress
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.client import EngineClient
-from pipeserve.engine.engine import Engine, Inbox
-from pipeserve.engine.messages import EngineMessage
-from pipeserve.errors import ConfigError
-from pipeserve.gguf.reader import GGUFFile
-from pipeserve.hub import resolve_model
+from pipeserve.engine.messages import EngineFailed, EngineMessage, Load
+from pipeserve.engine_host import EngineHost, make_host, takes_two_processes
+from pipeserve.errors import ConfigError, EngineError, PipeserveError
 from pipeserve.notify import ServiceNotifier
-from pipeserve.runtime.pipeline import Pipeline
+from pipeserve.progress import ProgressBars
+from pipeserve.restarts import Restarts
+from pipeserve.served_model import ServedModel, fetch_model
 from pipeserve.server.app import build_app, make_runner
-from pipeserve.server.state import AppState, ModelCard, Services
-from pipeserve.text.chat_template import ChatTemplate
-from pipeserve.text.tokenizer import Tokenizer
+from pipeserve.server.state import AppState, Services
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 TEXT_THREADS = 2
 """Threads for templates and tokenising."""
 STOP_TIMEOUT_S = 5.0
-"""How long threads may take to end once nobody waits for their work."""
+"""How long threads and the engine may take to end once nobody waits for their work."""
 FAREWELL_S = 2.0
 """How long requests have to receive their errors after the engine died."""
 
@@ -73,71 +70,26 @@ def serve(config: Config) -> int:
     return exit_status
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A model file turned into running stages and the text side that goes with them."""
+def _progress_reporter(notifier: ServiceNotifier) -> OnProgress:
+    """Tells log and service manager of every tenth of a stage's weights that was read; on a
+    terminal bars take the place of the log lines."""
+    bars = ProgressBars()
+    told: dict[int, int] = {}
 
-    pipeline: Pipeline
-    inbox: Inbox
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate
-    card: ModelCard
-
-
-def load_model(config: Config, notifier: ServiceNotifier) -> LoadedModel:
-    """Fetch, check and load the model; blocks for as long as that takes.
-
-    Raises:
-        PipeserveError: the model cannot be had or served, or options do not fit it.
-    """
-    path = resolve_model(config.model, cache_dir=config.cache_dir)
-    log.info("loading", path=str(path))
-    inbox: Inbox = queue.SimpleQueue()
-    with GGUFFile.open(path) as gguf_file:
-        tokenizer = Tokenizer.from_gguf(gguf_file)
-        chat_template = ChatTemplate.from_gguf(gguf_file, tokenizer)
-        pipeline = Pipeline.start(
-            gguf_file,
-            config,
-            config.devices,
-            post=inbox.put,
-            on_progress=_progress_reporter(notifier),
-        )
-    return LoadedModel(
-        pipeline=pipeline,
-        inbox=inbox,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        card=_model_card(config, path),
-    )
-
-
-def _progress_reporter(notifier: ServiceNotifier) -> Callable[[int, int], None]:
-    """Tells log and service manager of every tenth of the weights that was read."""
-    last_percent = -1
-
-    def report(num_read: int, num_bytes: int) -> None:
-        nonlocal last_percent
-        percent = 100 * num_read // max(1, num_bytes)
-        if percent >= last_percent + 10 or (percent == 100 and last_percent < 100):
-            last_percent = percent
-            notifier.status(f"loading weights, {percent} %")
-            log.info("loading weights", percent=percent)
+    def report(event: LoadEvent) -> None:
+        if isinstance(event, LoadNotice):
+            log.warning("loading", notice=event.text)
+            return
+        bars.update(event)
+        if told.get(event.stage) == event.percent // 10:
+            return
+        told[event.stage] = event.percent // 10
+        stage = f"{event.stage + 1} of {event.num_stages}"
+        notifier.status(f"loading stage {stage}, {event.percent} %")
+        if not bars.is_shown:
+            log.info("loading weights", stage=stage, percent=event.percent)
 
     return report
-
-
-def _model_card(config: Config, path: Path) -> ModelCard:
-    """The name that clients use, and a fingerprint of what decides the answers."""
-    is_name = path.suffix == ".gguf" and not config.model.endswith(".gguf")
-    stem = path.stem.split("-00001-of-")[0]
-    stat = path.stat()
-    identity = f"{__version__} {path.name} {stat.st_size} {stat.st_mtime_ns}"
-    return ModelCard(
-        name=config.served_model_name or (config.model if is_name else stem),
-        created=int(time.time()),
-        fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12],
-    )
 
 
 class StopSignals:
@@ -160,22 +112,27 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._notifier = ServiceNotifier()
+        self._restarts = Restarts()
+        self._ready_s: float | None = None
+        """When the present engine began to take requests; None while it does not."""
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a stop that was asked for, 1 after a failure."""
         started_s = time.monotonic()
         self._state = AppState()
         self._stop = StopSignals()
-        loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        async with self._listening():
-            loop = asyncio.get_running_loop()
-            loading = loop.run_in_executor(loader, load_model, self._config, self._notifier)
-            loader.shutdown(wait=False)
-            await _first(loading, self._stop.asked.wait())
-            if not loading.done():
-                log.info("stopped while loading")
-                return 0
-            return await self._serve_model(loading.result(), started_s)
+        watchdog = asyncio.create_task(self._feed_watchdog())
+        text_executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        try:
+            async with self._listening():
+                model = await self._unless_stopped(fetch_model, self._config)
+                if model is None:
+                    return 0
+                return await self._serve_model(model, text_executor, started_s)
+        finally:
+            watchdog.cancel()
+            text_executor.shutdown(wait=False, cancel_futures=True)
+            log.info("stopped")
 
     @asynccontextmanager
     async def _listening(self) -> AsyncIterator[None]:
@@ -198,74 +155,142 @@ class Daemon:
         finally:
             await runner.cleanup()
 
-    async def _serve_model(self, model: LoadedModel, started_s: float) -> int:
-        config, loop = self._config, asyncio.get_running_loop()
-        client = EngineClient(
-            facts=model.pipeline.facts,
-            post=model.inbox.put,
-            max_queued_requests=config.max_queued_requests,
-        )
+    async def _unless_stopped(self, function: Callable[..., T], *arguments: object) -> T | None:
+        """Run it on a thread of its own; None if a stop is asked for before it returns."""
+        loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        work = asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
+        loader.shutdown(wait=False)
+        await _first(work, self._stop.asked.wait())
+        if work.done():
+            return work.result()
+        log.info("stopped while loading")
+        work.add_done_callback(lambda late: late.cancelled() or late.exception())
+        return None
 
-        def to_loop(message: EngineMessage) -> None:
-            loop.call_soon_threadsafe(client.deliver, message)
+    async def _serve_model(
+        self, model: ServedModel, text_executor: ThreadPoolExecutor, started_s: float
+    ) -> int:
+        """One engine after another, until a stop or a failure that ends the daemon.
 
-        engine = Engine(
-            pipeline=model.pipeline,
-            inbox=model.inbox,
-            post=to_loop,
-            stage_timeout_s=config.stage_timeout_s,
-        )
-        engine.start()
-        text_executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
-        watchdog = asyncio.create_task(self._feed_watchdog(client))
+        Raises:
+            PipeserveError: the first engine did not come to take requests.
+        """
+        while True:
+            self._ready_s = None
+            failure: PipeserveError | None
+            try:
+                failure = await self._run_engine(model, text_executor, started_s)
+            except PipeserveError as error:
+                if self._state.services is None:
+                    raise
+                failure = error
+            if failure is None:
+                return 0
+            log.error("engine failed", error=str(failure))
+            if not await self._may_restart(failure):
+                self._notifier.stopping(f"failed: {failure}")
+                await _first(self._state.wait_idle(), asyncio.sleep(FAREWELL_S))
+                return 1
+            started_s = time.monotonic()
+
+    async def _may_restart(self, failure: PipeserveError) -> bool:
+        """Wait until it is time to start the engine again; False if it should not be."""
+        if self._stop.asked.is_set() or not takes_two_processes(self._config):
+            return False
+        served_s = 0.0 if self._ready_s is None else time.monotonic() - self._ready_s
+        delay_s = self._restarts.note_failure(served_s=served_s)
+        if delay_s is None:
+            log.error("engine failed too often in a row")
+            return False
+        self._state.restart(f"the engine is started again after a failure: {failure}")
+        self._notifier.status(f"restarting the engine: {failure}")
+        log.warning("engine restarts", delay_s=delay_s)
+        await _first(self._stop.asked.wait(), asyncio.sleep(delay_s))
+        return True
+
+    async def _run_engine(
+        self, model: ServedModel, text_executor: ThreadPoolExecutor, started_s: float
+    ) -> EngineError | None:
+        """One engine from its load to its end; returns why it failed, None after a stop.
+
+        Raises:
+            PipeserveError: it did not come to take requests.
+        """
+        log.info("loading", path=str(model.path))
+        host = make_host(Load(config=self._config, model_path=model.path))
         try:
-            await _warm_up(client)
-            self._announce(model, text_executor, client, started_s)
-            return await self._until_stopped(client)
+            report = _progress_reporter(self._notifier)
+            facts = await self._unless_stopped(host.load, report)
+            if facts is None:
+                return None
+            async with self._connected(host, facts) as client:
+                await _warm_up(client)
+                self._state.ready(
+                    Services(
+                        engine=client,
+                        tokenizer=model.tokenizer,
+                        chat_template=model.chat_template,
+                        card=model.card,
+                        text_executor=text_executor,
+                    )
+                )
+                self._announce(model.card.name, facts, started_s)
+                return await self._until_stopped(client)
         finally:
-            watchdog.cancel()
-            client.shut_down()
-            text_executor.shutdown(wait=False, cancel_futures=True)
-            await asyncio.to_thread(_close, engine, model.pipeline)
-            log.info("stopped")
+            await asyncio.to_thread(host.close, STOP_TIMEOUT_S)
 
-    def _announce(
-        self,
-        model: LoadedModel,
-        text_executor: ThreadPoolExecutor,
-        client: EngineClient,
-        started_s: float,
-    ) -> None:
-        self._state.ready(
-            Services(
-                engine=client,
-                tokenizer=model.tokenizer,
-                chat_template=model.chat_template,
-                card=model.card,
-                text_executor=text_executor,
-            )
+    @asynccontextmanager
+    async def _connected(
+        self, host: EngineHost, facts: PipelineFacts
+    ) -> AsyncIterator[EngineClient]:
+        """The engine of a loaded host takes requests while the context is open."""
+        loop = asyncio.get_running_loop()
+        client = EngineClient(
+            facts=facts, post=host.post, max_queued_requests=self._config.max_queued_requests
         )
-        facts = client.facts
+
+        def to_loop(messages: Sequence[EngineMessage]) -> None:
+            loop.call_soon_threadsafe(client.deliver_all, messages)
+
+        host.start(to_loop)
+        silence = asyncio.create_task(self._notice_silence(client))
+        try:
+            yield client
+        finally:
+            silence.cancel()
+            client.shut_down()
+
+    async def _notice_silence(self, client: EngineClient) -> None:
+        """Fail every request once the engine itself answers nothing for stage_timeout_s."""
+        patience_s = self._config.stage_timeout_s
+        with suppress(EngineError):  # it failed by itself
+            while True:
+                try:
+                    async with asyncio.timeout(patience_s):
+                        await client.stats()
+                except TimeoutError:
+                    error = f"the engine answered nothing for {patience_s:g} s (stage_timeout_s)"
+                    client.deliver(EngineFailed(error=error, stalled=True))
+                await asyncio.sleep(patience_s / 4)
+
+    def _announce(self, model_name: str, facts: PipelineFacts, started_s: float) -> None:
+        self._ready_s = time.monotonic()
         log.info(
             "ready",
-            model=model.card.name,
+            model=model_name,
             stages=facts.num_stages,
             context_length=facts.context_length,
             kv_tokens=facts.num_blocks * facts.block_size,
-            startup_s=round(time.monotonic() - started_s, 2),
+            startup_s=round(self._ready_s - started_s, 2),
         )
-        self._notifier.ready(f"serving {model.card.name}")
+        self._notifier.ready(f"serving {model_name}")
 
-    async def _until_stopped(self, client: EngineClient) -> int:
+    async def _until_stopped(self, client: EngineClient) -> EngineError | None:
+        """Returns why the engine failed, None after a stop that was asked for."""
         await _first(self._stop.asked.wait(), client.wait_failed())
         if client.failure is None:
             await self._drain(client)
-        if client.failure is None:
-            return 0
-        log.error("engine failed", error=str(client.failure))
-        self._notifier.stopping(f"failed: {client.failure}")
-        await _first(self._state.wait_idle(), asyncio.sleep(FAREWELL_S))
-        return 1
+        return client.failure
 
     async def _drain(self, client: EngineClient) -> None:
         """Refuse new requests; wait for those in progress, within limits."""
@@ -281,9 +306,9 @@ class Daemon:
         if self._state.num_requests:
             log.warning("requests cut off", requests=self._state.num_requests)
 
-    async def _feed_watchdog(self, client: EngineClient) -> None:
+    async def _feed_watchdog(self) -> None:
         interval_s = self._notifier.watchdog_interval_s
-        while interval_s is not None and client.failure is None:
+        while interval_s is not None:
             self._notifier.feed_watchdog()
             await asyncio.sleep(interval_s)
 
@@ -294,11 +319,6 @@ async def _warm_up(client: EngineClient) -> None:
     async with client.generate((0,), sampling) as generation:
         async for _ in generation:
             pass
-
-
-def _close(engine: Engine, pipeline: Pipeline) -> None:
-    if not (engine.join(STOP_TIMEOUT_S) and pipeline.close(STOP_TIMEOUT_S)):
-        log.error("a thread did not end", stages=pipeline.describe_stall())
 
 
 async def _first(*waits: asyncio.Future[Any] | Coroutine[Any, Any, Any]) -> None:

@@ -1,5 +1,7 @@
 """Every error that pipeserve raises for something outside its own code.
 
+All survive pickling: the engine half may be another process.
+
 PipeserveError
 ├── ConfigError                  an option is unknown, malformed or contradicts another
 ├── HubError                     a model cannot be found, fetched or verified
@@ -15,15 +17,17 @@ PipeserveError
 │   ├── ChatTemplateError        the model's chat template refused the messages
 │   └── QueueFullError           too many requests wait (429); says when to come back
 └── EngineError                  serving itself failed (HTTP 5xx)
-    ├── NotReadyError            loading or draining (503)
+    ├── NotReadyError            loading, restarting or draining (503)
     ├── TextTimeoutError         parsing, templating or tokenising took too long (503)
-    ├── StageFailedError         a stage thread raised
-    └── StageStalledError        a stage thread made no progress for stage_timeout_s
+    ├── StageFailedError         a stage thread raised, or the engine process died
+    └── StageStalledError        a stage or the engine made no progress for stage_timeout_s
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class PipeserveError(Exception):
@@ -45,6 +49,9 @@ class ModelError(PipeserveError):
         super().__init__(f"{path}: {problem}")
         self.path = Path(path)
         self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.problem)
 
 
 class GGUFFormatError(ModelError):
@@ -94,13 +101,16 @@ class QueueFullError(RequestError):
         super().__init__(problem)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), retry_after_s=self.retry_after_s), self.args
+
 
 class EngineError(PipeserveError):
     """Serving itself failed; the request was not at fault."""
 
 
 class NotReadyError(EngineError):
-    """The daemon is loading or draining and takes no requests."""
+    """The daemon is loading, restarting or draining and takes no requests."""
 
 
 class TextTimeoutError(EngineError):
@@ -108,8 +118,8 @@ class TextTimeoutError(EngineError):
 
 
 class StageFailedError(EngineError):
-    """A stage thread raised; every request in the pipeline is lost."""
+    """A stage thread raised or the engine process died; every request in the pipeline is lost."""
 
 
 class StageStalledError(EngineError):
-    """A stage thread made no progress for stage_timeout_s."""
+    """A stage thread, or the engine itself, made no progress for stage_timeout_s."""

@@ -20,6 +20,7 @@ from pipeserve.core.batch import (
     MicroBatch,
     PipelineFacts,
     RowStart,
+    Span,
     StageFailure,
     StepLogprobs,
     StepOutput,
@@ -170,7 +171,7 @@ class FakeStages:
             step_id=batch.step_id,
             token_ids=np.array(token_ids, np.int32),
             logprobs=_logprobs(token_ids, num_logprobs),
-            stage_busy_s=(0.001,) * len(self._stages),
+            stage_spans=(Span(start_s=1.0, end_s=1.001),) * len(self._stages),
         )
 
 

@@ -40,7 +40,8 @@ def test_the_command_line_goes_before_the_environment_before_the_file(tmp_path: 
         ("devices = ['cpu', 'auto']", r"devices = .*'auto' is none of"),
         ("kv_cache_bytes = '4 bananas'", r"kv_cache_bytes = '4 bananas'"),
         ("devices = ['cpu', 'cpu']\nlayer_split = [30]", r"layer_split has 1 parts but devices"),
-        ("max_num_seqs = 300", r"max_num_batched_tokens is 256 and max_num_seqs 300"),
+        ("weights = 'q4'", r"weights = 'q4': .*'quantised', 'bf16' or 'fp8'"),
+        ("weights = 'fp8'\nactivations = 'int8'", r"activations is 'int8' and weights 'fp8'"),
         ("port = ", r"config.toml is not valid TOML"),
     ],
 )

@@ -20,7 +20,11 @@ ROOT = Path(pipeserve.__file__).parent
 
 BELOW_DAEMON = {
     "errors", "kernels", "config", "log", "notify", "core", "gguf", "hub", "text", "engine",
-    "models", "runtime", "server", "bench",
+    "models", "runtime", "server", "bench", "toolchain", "progress",
+}  # fmt: skip
+
+HALVES = {
+    "engine_half", "engine_process", "engine_host", "restarts", "served_model",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -33,13 +37,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors"},
     "log": {"config", "errors"},
     "notify": set(),
+    "progress": {"core"},
     "text": {"gguf", "core", "errors"},
     "engine": {"core", "config", "errors"},
     "models": {"kernels", "gguf", "core", "errors"},
     "runtime": {"models", "kernels", "gguf", "core", "config", "errors"},
     "server": {"engine", "text", "core", "config", "errors"},
     "bench": BELOW_DAEMON,
-    "daemon": BELOW_DAEMON,
+    "toolchain": {"errors"},
+    "restarts": set(),
+    "served_model": {"config", "gguf", "hub", "text", "server"},
+    "engine_half": {"engine", "runtime", "gguf", "core", "config", "toolchain"},
+    "engine_child": {"engine_half", "engine", "log", "errors", "toolchain"},
+    "engine_process": {"engine", "core", "errors"},
+    "engine_host": {"engine_half", "engine_process", "engine", "core", "config", "toolchain"},
+    "daemon": BELOW_DAEMON | HALVES,
     "cli": BELOW_DAEMON | {"daemon"},
     "__main__": {"cli"},
 }
@@ -49,7 +61,11 @@ TORCH = frozenset({"torch", "triton"})
 EVENT_LOOP = frozenset({"asyncio", "aiohttp"})
 WALLS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("server", "engine", "config", "errors", "cli", "log", "notify", "hub"), TORCH),
-    **dict.fromkeys(("runtime", "models", "kernels"), EVENT_LOOP),
+    **dict.fromkeys(("daemon", "served_model", "engine_host"), TORCH),
+    **dict.fromkeys(
+        ("engine_process", "engine_child", "toolchain", "restarts"), TORCH | EVENT_LOOP
+    ),
+    **dict.fromkeys(("runtime", "models", "kernels", "engine_half"), EVENT_LOOP),
     **dict.fromkeys(("core", "text", "gguf"), TORCH | EVENT_LOOP),
 }
 """Room -> libraries that it must not import. gguf, hub and log stay clear of torch because
@@ -143,6 +159,9 @@ def test_the_reader_sees_the_real_tree() -> None:
         ("kernels/a.py", "from pipeserve.errors import X", "kernels must not import errors"),
         ("bench/a.py", "import pipeserve.daemon", "bench must not import daemon"),
         ("daemon.py", "from pipeserve import cli", "daemon must not import cli"),
+        ("daemon.py", "def f():\n    import torch", "daemon must not import torch"),
+        ("engine_half.py", "import asyncio", "engine_half must not import asyncio"),
+        ("engine_process.py", "import pipeserve.runtime", "engine_process must not import runtime"),
         ("attic/a.py", "", "attic has no line in the import rule"),
     ],
 )

@@ -272,6 +272,11 @@ class EngineClient:
             if not reply.done():
                 reply.set_exception(failure)
 
+    def deliver_all(self, messages: Sequence[EngineMessage]) -> None:
+        """Hand messages that came together to whoever waits for them."""
+        for message in messages:
+            self.deliver(message)
+
     def deliver(self, message: EngineMessage) -> None:
         """Hand a message from the engine to whoever waits for it."""
         match message:
@@ -298,6 +303,8 @@ class EngineClient:
             )
 
     def _deliver_failure(self, message: EngineFailed) -> None:
+        if self._failure is not None or self._is_shut_down:
+            return  # an engine process that says why it fails then ends, which is no second failure
         kind = StageStalledError if message.stalled else StageFailedError
         self._failure = kind(message.error)
         self._fail_all(self._failure)

@@ -81,8 +81,11 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def join(self, timeout_s: float) -> bool:
-        """Wait for the thread to end after a Shutdown; False if it has not in time."""
+    def join(self, timeout_s: float | None) -> bool:
+        """Wait for the thread to end, after a Shutdown or a failure; False if it has not in time.
+
+        timeout_s: None waits for ever.
+        """
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -143,8 +146,8 @@ class Engine:
 
     def _take_output(self, output: StepOutput) -> None:
         self._last_progress_s = time.monotonic()
-        for stage, busy_s in enumerate(output.stage_busy_s):
-            self._stage_busy_s[stage] += busy_s
+        for stage, span in enumerate(output.stage_spans):
+            self._stage_busy_s[stage] += span.length_s
         events = self._scheduler.update(output)
         for seq_id, reason in zip(events.seq_ids, events.finish_reasons, strict=True):
             if reason is not None:

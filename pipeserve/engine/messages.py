@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from pathlib import Path
 
+from pipeserve.config import Config
+from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.loading import LoadEvent
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.stats import EngineStats
+from pipeserve.errors import PipeserveError
 
 
 class FinishReason(enum.Enum):
@@ -100,3 +105,29 @@ class EngineFailed:
 
 FrontMessage = Submit | Finish | Abort | GetStats | Shutdown
 EngineMessage = TokenEvents | StatsReply | EngineFailed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Front to an engine process, its first word: load this model and start."""
+
+    config: Config
+    model_path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Engine process to front: the engine runs and takes messages."""
+
+    facts: PipelineFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFailed:
+    """Engine process to front, its last word: the model cannot be served."""
+
+    error: PipeserveError
+
+
+StartMessage = LoadEvent | Loaded | LoadFailed
+"""Engine process to front until the engine runs."""

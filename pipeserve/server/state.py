@@ -55,6 +55,7 @@ class Phase(enum.Enum):
 
     LOADING = "loading"
     READY = "ready"
+    RESTARTING = "restarting"
     DRAINING = "draining"
     FAILED = "failed"
 
@@ -78,10 +79,15 @@ class AppState:
         self._idle.set()
 
     def ready(self, services: Services) -> None:
-        """From now on requests are taken, unless the daemon was told to stop meanwhile."""
+        """From now on these take requests, unless the daemon was told to stop meanwhile."""
         self._services = services
-        if self._readiness.phase is Phase.LOADING:
+        if self._readiness.phase is not Phase.DRAINING:
             self._readiness = Readiness(phase=Phase.READY, detail=f"serving {services.card.name}")
+
+    def restart(self, detail: str) -> None:
+        """The engine is gone and another is being started; `ready` ends that."""
+        if self._readiness.phase is not Phase.DRAINING:
+            self._readiness = Readiness(phase=Phase.RESTARTING, detail=detail)
 
     def drain(self) -> None:
         """From now on new requests are refused; those in progress go on."""
@@ -91,9 +97,11 @@ class AppState:
 
     @property
     def readiness(self) -> Readiness:
-        """An engine that died counts as failed whatever the daemon last said."""
-        if self._services is not None and self._services.engine.failure is not None:
-            return Readiness(phase=Phase.FAILED, detail=str(self._services.engine.failure))
+        """An engine that died counts as failed until the daemon restarts it."""
+        is_restarting = self._readiness.phase is Phase.RESTARTING
+        failure = self._services.engine.failure if self._services is not None else None
+        if failure is not None and not is_restarting:
+            return Readiness(phase=Phase.FAILED, detail=str(failure))
         return self._readiness
 
     @property
@@ -111,7 +119,7 @@ class AppState:
         """Counts one generation request in while the context is open.
 
         Raises:
-            NotReadyError: loading, draining or failed.
+            NotReadyError: loading, restarting, draining or failed.
         """
         readiness = self.readiness
         if readiness.phase is not Phase.READY or self._services is None:

@@ -14,9 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.processes import python_path
+
 START_TIMEOUT_S = 60.0
 
 FAULTY_DAEMON = Path(__file__).with_name("faulty_daemon.py")
+FAKE_ENGINE_DAEMON = Path(__file__).with_name("fake_engine_daemon.py")
 
 
 class DaemonProcess:
@@ -26,10 +29,11 @@ class DaemonProcess:
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environ},
             text=True,
         )
         self.lines: list[dict[str, Any]] = []
+        """What it and its engine process have logged so far."""
         self._arrived: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -58,6 +62,12 @@ class DaemonProcess:
         """Such as http://127.0.0.1:12345, once the daemon listens."""
         (line,) = [line for line in self.lines if line["event"] == "listening"]
         return str(line["url"]).removesuffix("/v1")
+
+    @property
+    def engine_pid(self) -> int:
+        """The newest engine process, once the daemon has started one."""
+        started = [line for line in self.lines if line["event"] == "engine process started"]
+        return int(started[-1]["pid"])
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)

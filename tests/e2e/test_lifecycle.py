@@ -39,8 +39,12 @@ async def health(session: ClientSession, url: str) -> tuple[int, str]:
         return response.status, (await response.json())["reason"]
 
 
-async def test_sigterm_drains_then_stops() -> None:
-    with daemon() as running:
+in_one_or_two_processes = pytest.mark.parametrize("processes", ["one", "two"])
+
+
+@in_one_or_two_processes
+async def test_sigterm_drains_then_stops(processes: str) -> None:
+    with daemon("--processes", processes) as running:
         async with ClientSession() as session, asyncio.timeout(60):
             started = asyncio.Event()
             stream = asyncio.create_task(read_stream(session, running.url, started))
@@ -85,7 +89,8 @@ async def test_a_stage_that_fails_ends_the_daemon_with_errors_for_its_requests(
     trouble: signal.Signals, message: str
 ) -> None:
     command = [str(FAULTY_DAEMON)]
-    with daemon("--stage-timeout-s", "2", command=command) as running:
+    options = ("--stage-timeout-s", "2", "--processes", "one")
+    with daemon(*options, command=command) as running:
         async with ClientSession() as session, asyncio.timeout(60):
             started = asyncio.Event()
             stream = asyncio.create_task(read_stream(session, running.url, started))
@@ -108,8 +113,9 @@ async def test_health_says_loading_until_the_model_is_there(tmp_path: Path) -> N
             assert await health(session, running.url) == (200, "ready")
 
 
-async def test_sigterm_while_loading_stops_at_once() -> None:
-    with daemon(wait_ready=False) as running:
+@in_one_or_two_processes
+async def test_sigterm_while_loading_stops_at_once(processes: str) -> None:
+    with daemon("--processes", processes, wait_ready=False) as running:
         running.signal()
         assert await asyncio.to_thread(running.wait) == 0
 
@@ -135,7 +141,7 @@ def test_systemd_is_told(tmp_path: Path) -> None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                 sender.sendto(b"END", address)
             reader.join()
-    assert any(message.startswith("STATUS=loading weights") for message in messages)
+    assert any(message.startswith("STATUS=loading stage") for message in messages)
     assert messages.index("READY=1") < messages.index("STOPPING=1")
     assert "WATCHDOG=1" in messages
 
@@ -168,7 +174,9 @@ def test_a_start_that_fails_says_why_in_one_line(tmp_path: Path, demo_model_path
     cut.write_bytes(demo_model_path.read_bytes()[:50_000_000])
     assert str(cut) in failed_start("--model", str(cut))
     assert "no such file" in failed_start("--model", "nothing.gguf")
-    assert "layer_split" in failed_start("--devices", "cpu,cpu", "--layer-split", "10,10")
+    split = ("--devices", "cpu,cpu", "--layer-split", "10,10")
+    assert "layer_split" in failed_start(*split, "--processes", "one")
+    assert "layer_split" in failed_start(*split, "--processes", "two")
 
 
 def test_a_taken_port_is_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.client import EngineClient, Generation
-from pipeserve.engine.messages import FinishReason
+from pipeserve.engine.messages import EngineFailed, FinishReason
 from pipeserve.errors import (
     NotReadyError,
     PromptTooLongError,
@@ -187,3 +187,11 @@ async def test_an_idle_engine_is_not_stalled() -> None:
         await asyncio.sleep(0.15)
         await collect(running.client.generate((1,), sampling()))
         assert running.client.failure is None
+
+
+async def test_only_the_first_failure_counts() -> None:
+    async with running_engine() as running:
+        for error in ("stage 1 failed", "the engine process ended with status 1"):
+            running.client.deliver(EngineFailed(error=error, stalled=False))
+        assert str(await running.client.wait_failed()) == "stage 1 failed"
+        assert str(running.client.failure) == "stage 1 failed"

@@ -5,13 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pickle
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from pipeserve.core import batch
-from pipeserve.core.batch import MicroBatch, RowStart, StageFailure, StepLogprobs, StepOutput
+from pipeserve.config import Config
+from pipeserve.core import batch, loading
+from pipeserve.core.batch import (
+    MicroBatch,
+    RowStart,
+    Span,
+    StageFailure,
+    StepLogprobs,
+    StepOutput,
+)
+from pipeserve.core.loading import LoadNotice, StageProgress
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine import messages
 from pipeserve.engine.messages import (
@@ -20,6 +30,9 @@ from pipeserve.engine.messages import (
     Finish,
     FinishReason,
     GetStats,
+    Load,
+    Loaded,
+    LoadFailed,
     Shutdown,
     StatsReply,
     Submit,
@@ -27,6 +40,7 @@ from pipeserve.engine.messages import (
     TokenLogprobs,
 )
 from pipeserve.engine.stats import EngineStats
+from pipeserve.errors import UnsupportedModelError
 from tests.fakes import facts
 
 SAMPLING = SamplingParams(
@@ -70,6 +84,11 @@ EXAMPLES: tuple[Any, ...] = (
         ),
     ),
     EngineFailed(error="stage 1 failed", stalled=True),
+    Load(config=Config(devices=("cpu",), processes="two"), model_path=Path("/a/b.gguf")),
+    StageProgress(stage=0, num_stages=2, num_read=1, num_bytes=3),
+    LoadNotice(text="IQ1_S becomes bf16"),
+    Loaded(facts=facts()),
+    LoadFailed(error=UnsupportedModelError("b.gguf", "no such architecture")),
     facts(),
     MicroBatch(
         step_id=3,
@@ -85,7 +104,13 @@ EXAMPLES: tuple[Any, ...] = (
         block_ids=np.array([9], np.int32),
         needs_step=2,
     ),
-    StepOutput(step_id=3, token_ids=IDS[:1], logprobs=LOGPROBS, stage_busy_s=(0.1, 0.2)),
+    StepOutput(
+        step_id=3,
+        token_ids=IDS[:1],
+        logprobs=LOGPROBS,
+        stage_spans=(Span(start_s=0.1, end_s=0.2),) * 2,
+    ),
+    Span(start_s=0.1, end_s=0.2),
     StageFailure(stage=1, error="RuntimeError: out of memory"),
 )
 
@@ -99,6 +124,8 @@ def same(one: Any, other: Any) -> bool:
     if dataclasses.is_dataclass(one):
         names = [field.name for field in dataclasses.fields(one)]
         return all(same(getattr(one, name), getattr(other, name)) for name in names)
+    if isinstance(one, Exception):
+        return same(one.args, other.args) and vars(one) == vars(other)
     if isinstance(one, tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
@@ -112,10 +139,10 @@ def test_survives_pickle(message: Any) -> None:
 def test_every_message_has_an_example() -> None:
     defined = {
         kind
-        for module in (messages, batch)
+        for module in (messages, batch, loading)
         for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
     }
     nested = {SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
     assert {type(message) for message in EXAMPLES} == defined - nested
-    unions = get_args(messages.FrontMessage) + get_args(messages.EngineMessage)
-    assert set(unions) <= defined
+    unions = (messages.FrontMessage, messages.EngineMessage, messages.StartMessage)
+    assert {kind for union in unions for kind in get_args(union)} <= defined

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 from tests.server.conftest import Server
-from tests.server.fakes import text_answer
+from tests.server.fakes import ScriptedEngine, text_answer
 
 BODY = {"model": "tiny", "prompt": "hi"}
 
@@ -67,3 +68,22 @@ async def test_engine_failure_shows_in_health(server: Server) -> None:
     server.engine.fail("stage 0 raised: boom")
     assert await _health(server) == (503, "failed")
     assert "boom" in await _refusal(server)
+
+
+async def test_an_engine_that_is_started_again_takes_requests_again(server: Server) -> None:
+    server.engine.fail("the engine process was killed by SIGKILL")
+    server.state.restart("after a failure: killed by SIGKILL")
+    assert await _health(server) == (503, "restarting")
+    assert "restarting: after a failure" in await _refusal(server)
+    engine = ScriptedEngine()
+    server.state.ready(dataclasses.replace(server.services, engine=engine.client))
+    assert await _health(server) == (200, "ready")
+    assert (await server.post("/v1/completions", BODY))[0] == 200
+    assert len(engine.submitted) == 1
+    engine.client.shut_down()
+
+
+async def test_a_restart_does_not_undo_a_stop(server: Server) -> None:
+    server.state.drain()
+    server.state.restart("after a failure")
+    assert await _health(server) == (503, "draining")

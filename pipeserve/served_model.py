@@ -1,0 +1,59 @@
+"""ServedModel: what the front half knows of the model file, tokenizer and chat template above all.
+
+Loaded on a thread. Must not know stages, scheduling or torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeserve import __version__
+from pipeserve.config import Config
+from pipeserve.gguf.reader import GGUFFile
+from pipeserve.hub import resolve_model
+from pipeserve.server.state import ModelCard
+from pipeserve.text.chat_template import ChatTemplate
+from pipeserve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model file on this machine and the text side that goes with it."""
+
+    path: Path
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    card: ModelCard
+
+
+def fetch_model(config: Config) -> ServedModel:
+    """Fetch the model where it is not here yet, and read its text side; blocks meanwhile.
+
+    Raises:
+        PipeserveError: the model cannot be had, or its text side is not one that is built in.
+    """
+    path = resolve_model(config.model, cache_dir=config.cache_dir)
+    with GGUFFile.open(path) as gguf_file:
+        tokenizer = Tokenizer.from_gguf(gguf_file)
+        return ServedModel(
+            path=path,
+            tokenizer=tokenizer,
+            chat_template=ChatTemplate.from_gguf(gguf_file, tokenizer),
+            card=_model_card(config, path),
+        )
+
+
+def _model_card(config: Config, path: Path) -> ModelCard:
+    """The name that clients use, and a fingerprint of what decides the answers."""
+    is_name = path.suffix == ".gguf" and not config.model.endswith(".gguf")
+    stem = path.stem.split("-00001-of-")[0]
+    stat = path.stat()
+    identity = f"{__version__} {path.name} {stat.st_size} {stat.st_mtime_ns}"
+    return ModelCard(
+        name=config.served_model_name or (config.model if is_name else stem),
+        created=int(time.time()),
+        fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12],
+    )
