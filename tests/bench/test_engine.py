@@ -13,7 +13,8 @@ import pytest
 from pipeserve.bench.engine import Result, measure
 from pipeserve.bench.shapes import SHAPES
 from pipeserve.bench.synthetic import provide_model, weight_bytes
-from pipeserve.bench.workload import make_workload, missing_options
+from pipeserve.bench.tracing import NotTraced
+from pipeserve.bench.workload import Batch, Workload, make_workload, missing_options
 from pipeserve.cli import BENCH_ENGINE_EPILOG, main
 from pipeserve.config import load_config
 from pipeserve.errors import ConfigError
@@ -79,6 +80,11 @@ def test_batches_run_whole_and_one_after_another(folder: Path) -> None:
     assert result.costs.kv_token_bytes == 8 * 2 * 2 * 64 * 4
 
 
+def test_costs_follow_the_type_of_the_kv_cache(folder: Path) -> None:
+    result = measured(folder, kv_cache_dtype="int8")
+    assert result.costs.kv_token_bytes == 8 * 2 * 2 * (64 + 2)
+
+
 def test_clients_keep_the_engine_busy(folder: Path) -> None:
     (run,) = measured(folder, num_clients=2, output=4).runs
     assert (run.num_concurrent, run.num_sequences) == (2, 8)
@@ -99,7 +105,7 @@ def test_what_does_not_fit_is_refused(folder: Path, options: dict[str, Any], mes
         measured(folder, **options)
 
 
-def test_only_options_that_nobody_set_grow_with_the_load() -> None:
+def test_rows_grow_with_the_load_unless_they_are_set() -> None:
     def grown(num_clients: int | None, **overrides: int) -> dict[str, int]:
         workload = make_workload(
             num_prompt_tokens=1,
@@ -110,10 +116,9 @@ def test_only_options_that_nobody_set_grow_with_the_load() -> None:
         )
         return missing_options(workload, load_config(overrides=overrides, environ={}))
 
-    assert grown(None) == {"max_num_seqs": 300, "max_num_batched_tokens": 300}
-    assert grown(7) == {"max_num_seqs": 64, "max_num_batched_tokens": 256}
-    assert grown(None, max_num_seqs=9) == {"max_num_batched_tokens": 256}
-    assert grown(None, max_num_batched_tokens=512) == {"max_num_seqs": 300}
+    assert grown(None) == {"max_num_seqs": 300}
+    assert grown(7) == {"max_num_seqs": 64}
+    assert grown(None, max_num_seqs=9) == {}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,42 @@ def test_the_command_prints_json(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert all(run["decode_tokens_per_s"] > 0 for run in printed["runs"])
     assert all(run["copy_share"] is None for run in printed["runs"]), "there is no card"
     assert [path.name for path in (tmp_path / "synthetic").iterdir()] == ["tiny-q4_k_m.gguf"]
+
+
+def test_without_a_card_the_profile_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--output", "2", "--batch", "1,2", "--profile", "--cache-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main([*COMMAND, *options])
+    assert ended.value.code == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[1].startswith("loaded in ")
+    reason = "at once, not traced: no stage is on a CUDA card"
+    assert [line for line in lines if reason in line] == [f"1 {reason}", f"2 {reason}"]
+
+
+@pytest.mark.gpu
+def test_a_steady_decode_on_a_gpu_is_traced(folder: Path) -> None:
+    path = provide_model("tiny", TINY, "q4_k_m", folder=folder)
+    config = load_config(overrides={"model": str(path), "devices": "cuda:0"}, environ={})
+    workload = Workload(
+        num_prompt_tokens=20,
+        num_output_tokens=4,
+        loads=(Batch(num_sequences=2),),
+        traced=(2,),
+    )
+    result = measure(config, workload, on_run=lambda figures: None)
+    (profile,) = result.profiles
+    if isinstance(profile, NotTraced):
+        pytest.skip(profile.reason)
+    assert profile.device == "cuda:0"
+    assert 0.0 <= profile.wait_share <= profile.idle_share < 1.0
+    assert sum(kernel.share for kernel in profile.kernels) == pytest.approx(1.0)
+    per_layer = [kernel for kernel in profile.kernels if "decode" in kernel.name]
+    assert per_layer, [kernel.name for kernel in profile.kernels]
+    # Attention runs once per layer and step; the window's ends may cut a step.
+    assert any(abs(kernel.count_per_step - TINY.num_layers) < 1 for kernel in per_layer)
 
 
 def test_the_command_prints_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeserve.core.batch import IntArray, StepLogprobs
+from pipeserve.core.batch import IntArray
+from pipeserve.runtime.sampled import Drawn
 from pipeserve.runtime.sampler import Sampler
 from tests.runtime.driver import Result
 
@@ -38,7 +39,7 @@ def recorded_logits() -> Iterator[LogitRecord]:
 
     def recording(
         self: Sampler, logits_SV: Tensor, rows_S: IntArray, positions_S: IntArray
-    ) -> tuple[Tensor, StepLogprobs | None]:
+    ) -> Drawn:
         for index, key in enumerate(zip(rows_S.tolist(), positions_S.tolist(), strict=True)):
             record.rows[key] = logits_SV[index].cpu().numpy().copy()
         return sample(self, logits_SV, rows_S, positions_S)
@@ -53,8 +54,8 @@ def reference_logits(
 ) -> np.ndarray:
     """[len(output), V]: the reference's logits in front of each output token."""
     with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *output]])).logits[0]
-    return logits[len(prompt) - 1 : -1].float().numpy()
+        logits = model(torch.tensor([[*prompt, *output]], device=model.device)).logits[0]
+    return logits[len(prompt) - 1 : -1].float().cpu().numpy()
 
 
 def assert_agrees(

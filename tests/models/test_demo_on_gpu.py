@@ -18,22 +18,29 @@ pytestmark = pytest.mark.gpu
 
 NUM_TOKENS = 64
 ALLOWED_KL = 5e-3
-"""Mean per token where activations are int8 for few rows."""
+"""Mean per token where activations are int8 for few rows, and keys and values may be int8."""
 DECIDED_MARGIN = 0.5
 """Twice the logit error that int8 activations may make at the likeliest tokens."""
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize(
     "devices", [("cuda:0",), ("cuda:0", "cuda:0"), ("cuda:0", "cpu")], ids="+".join
 )
-def test_demo_model_stays_close_to_float32(devices: tuple[str, ...], demo_model_path: Path) -> None:
+def test_demo_model_stays_close_to_float32(
+    devices: tuple[str, ...], kv_cache_dtype: str, demo_model_path: Path
+) -> None:
     reference = AutoModelForCausalLM.from_pretrained(
         demo_model_path.parent, gguf_file=demo_model_path.name, dtype=torch.float32
     ).eval()
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 49152, length).tolist() for length in (3, 17, 40, 90, 200)]
     sampling = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
-    with recorded_logits() as record, running_driver(demo_model_path, devices) as driver:
+    options = {"kv_cache_dtype": kv_cache_dtype}
+    with (
+        recorded_logits() as record,
+        running_driver(demo_model_path, devices, **options) as driver,
+    ):
         results = driver.generate(
             [Prompt(token_ids=ids, sampling=sampling) for ids in prompts],
             Schedule(chunk_size=64, num_cohorts=len(devices)),
