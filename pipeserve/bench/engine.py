@@ -8,28 +8,37 @@ from __future__ import annotations
 import itertools
 import queue
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from pipeserve.bench.ceilings import Ceilings, measure_ceilings
 from pipeserve.bench.figures import Figures, ModelCosts, make_figures, model_costs
 from pipeserve.bench.recording import Recorder, Recording
+from pipeserve.bench.tracing import MOST_TOKENS, Profile, SteadyDecode, trace_decode
 from pipeserve.bench.workload import Batch, Load, Workload
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.loading import LoadEvent, LoadNotice, OnProgress
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.engine import Engine, Inbox
 from pipeserve.engine.messages import EngineFailed, EngineMessage, Shutdown, Submit
 from pipeserve.errors import ConfigError
+from pipeserve.gguf.header import TensorInfo
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.hub import resolve_model
-from pipeserve.kernels.backend import backend_for
+from pipeserve.kernels.backend import REFERENCE, Backend
 from pipeserve.models.config import ModelConfig
+from pipeserve.models.loader import device_bytes
 from pipeserve.models.registry import check_model
+from pipeserve.progress import ProgressBars
+from pipeserve.runtime import kv_cache
 from pipeserve.runtime.devices import resolve_devices
+from pipeserve.runtime.loading import stage_backend
 from pipeserve.runtime.pipeline import Pipeline
 
 WARM_UP_TOKENS = 4
@@ -52,6 +61,12 @@ class Result:
     costs: ModelCosts
     workload: Workload
     runs: tuple[Figures, ...]
+    profiles: tuple[Profile, ...]
+    """Of each traced batch, one per card."""
+    load_s: float
+    """Until the first step can be submitted."""
+    capture_s: float
+    """Of that, to compile kernels and to capture graphs; 0 on CPUs."""
 
     @property
     def copy_bytes_per_s(self) -> float | None:
@@ -78,13 +93,22 @@ def measure(config: Config, workload: Workload, *, on_run: Callable[[Figures], N
         devices = resolve_devices(config.devices, num_layers=model.num_layers)
         cards = dict.fromkeys(device for device in devices if device.type == "cuda")
         ceilings = tuple(measure_ceilings(card) for card in cards)
-        costs = _costs(gguf_file, model, kv_dtype_bytes=backend_for(devices[0]).dtype.itemsize)
+        backend = stage_backend(devices[0], config)
+        kv_dtype = kv_cache.storage_dtype(config.kv_cache_dtype, backend.dtype)
+        costs = _costs(gguf_file, model, backend, kv_dtype=kv_dtype)
+        started_s = time.monotonic()
         pipeline = Pipeline.start(
-            gguf_file, config, config.devices, post=inbox.put, on_progress=_show_progress
+            gguf_file, config, config.devices, post=inbox.put, on_progress=_progress_reporter()
         )
+    load_s = time.monotonic() - started_s
     with _running_engine(pipeline, inbox, config) as bench:
         _check_room(workload, pipeline.facts)
         runs = tuple(_measure_runs(bench, workload, costs, on_run))
+        profiles = tuple(
+            profile
+            for num_concurrent in workload.traced
+            for profile in bench.trace(workload, num_concurrent, pipeline.facts, devices)
+        )
     return Result(
         model=path.name,
         model_bytes=gguf_file.file_size,
@@ -94,25 +118,44 @@ def measure(config: Config, workload: Workload, *, on_run: Callable[[Figures], N
         costs=costs,
         workload=workload,
         runs=runs,
+        profiles=profiles,
+        load_s=load_s,
+        capture_s=sum(card.capture_s for card in pipeline.cards),
     )
 
 
-def _costs(gguf_file: GGUFFile, model: ModelConfig, *, kv_dtype_bytes: int) -> ModelCosts:
+def _costs(
+    gguf_file: GGUFFile,
+    model: ModelConfig,
+    backend: Backend,
+    *,
+    kv_dtype: torch.dtype,
+) -> ModelCosts:
+    def held_bytes(info: TensorInfo) -> int:
+        if backend is REFERENCE:  # CPU stages are judged by the file they serve, too
+            return info.num_bytes
+        return device_bytes(info, backend, model.num_layers)
+
     # An embedding of its own is not read in a step, but for a row per token.
     unread = set() if model.has_tied_head else {"token_embd.weight"}
     tensors = gguf_file.tensors.values()
     return model_costs(
         model,
-        weight_bytes=sum(info.num_bytes for info in tensors if info.name not in unread),
-        kv_token_bytes=2 * model.num_layers * model.kv_size * kv_dtype_bytes,
+        weight_bytes=sum(held_bytes(info) for info in tensors if info.name not in unread),
+        kv_token_bytes=model.num_layers * kv_cache.block_bytes(model, 1, kv_dtype),
     )
 
 
-def _show_progress(num_read: int, num_bytes: int) -> None:
-    if sys.stderr.isatty():
-        percent = 100 * num_read // max(1, num_bytes)
-        end = "\n" if num_read == num_bytes else ""
-        print(f"\rloading weights, {percent} %", end=end, file=sys.stderr, flush=True)
+def _progress_reporter() -> OnProgress:
+    bars = ProgressBars()
+
+    def report(event: LoadEvent) -> None:
+        if isinstance(event, LoadNotice):
+            print(event.text, file=sys.stderr)
+        else:
+            bars.update(event)
+
+    return report
 
 
 def _check_room(workload: Workload, facts: PipelineFacts) -> None:
@@ -148,23 +191,44 @@ class _Bench:
         self._vocab_size = vocab_size
         self._rng = np.random.default_rng(0)
         self._seq_ids = itertools.count()
-        self._recorder: Recorder | None = None
+        self._listener: Callable[[EngineMessage], None] | None = None
         self._failure: EngineFailed | None = None
 
     def deliver(self, message: EngineMessage) -> None:
         if isinstance(message, EngineFailed):
             self._failure = message
-        if self._recorder is not None:
-            self._recorder.deliver(message)
+        if self._listener is not None:
+            self._listener(message)
 
     def run(self, workload: Workload, load: Load) -> Recording:
         """Raises StageFailedError or StageStalledError where the engine died."""
         submissions = [self._submission(workload) for _ in range(load.num_sequences)]
         recorder = Recorder(post=self._inbox.put, load=load, submissions=submissions)
-        self._recorder = recorder
-        if self._failure is not None:  # between two runs
-            recorder.deliver(self._failure)
+        self._listen(recorder.deliver)
         return recorder.run()
+
+    def trace(
+        self,
+        workload: Workload,
+        num_concurrent: int,
+        facts: PipelineFacts,
+        devices: Sequence[torch.device],
+    ) -> tuple[Profile, ...]:
+        """Trace a steady decode of so many sequences; errors as `run`."""
+        row_blocks = min(
+            facts.num_blocks // num_concurrent, facts.context_length // facts.block_size
+        )
+        room = row_blocks * facts.block_size - workload.num_prompt_tokens
+        lasting = replace(workload, num_output_tokens=max(1, min(room, MOST_TOKENS)))
+        batch = [self._submission(lasting) for _ in range(num_concurrent)]
+        steady = SteadyDecode(post=self._inbox.put, batch=batch)
+        self._listen(steady.deliver)
+        return trace_decode(steady, num_concurrent=num_concurrent, devices=devices)
+
+    def _listen(self, listener: Callable[[EngineMessage], None]) -> None:
+        self._listener = listener
+        if self._failure is not None:  # between two runs
+            listener(self._failure)
 
     def _submission(self, workload: Workload) -> Submit:
         """A prompt that no other shares a beginning with, and greedy tokens without a stop."""

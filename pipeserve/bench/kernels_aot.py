@@ -81,6 +81,8 @@ def _compile(job: Job) -> None:
     constants = dict(case.constexprs)
     if "ASM" in constants:
         constants["ASM"] = is_nvidia
+    if "PDL" in constants:
+        constants["PDL"] = is_nvidia and int(job.target.removeprefix("sm_")) >= 90
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr").partition(":")[0] for name in names}
     signature.update(dict.fromkeys(constants, "constexpr"))

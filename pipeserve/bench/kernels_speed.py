@@ -211,14 +211,15 @@ def bench_sampling(num_rows: int, spread: float) -> None:
     top_p_S, min_p_S = torch.full_like(temperature_S, 0.9), torch.zeros_like(temperature_S)
     uniform_S = torch.rand(num_rows, dtype=torch.float64, device=DEVICE)
     ids_S = torch.empty(num_rows, dtype=torch.int64, device=DEVICE)
-    top_50_S, top_all_S = torch.full_like(ids_S, 50), torch.full_like(ids_S, V)
+    all_S = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+    top_50_S, top_all_S = torch.full_like(all_S, 50), torch.full_like(all_S, V)
     calls: dict[str, Callable[[int], object]] = {
         "greedy": lambda i: sampling.greedy(sets[i], out_S=ids_S),
         "torch argmax": lambda i: sets[i].argmax(-1),
         "plain": lambda i: sampling.sample(sets[i], temperature_S, min_p_S, uniform_S, out_S=ids_S),
         "top-k 50, top-p 0.9": lambda i: filtered(i, top_50_S),
         "top-p 0.9": lambda i: filtered(i, top_all_S),
-        "20 log-probabilities": lambda i: log_probs(sets[i], ids_S, 20),
+        "20 log-probabilities": lambda i: log_probs(sets[i], ids_S, all_S, 20),
     }
     for name, call in calls.items():
         us = microseconds(call, len(sets))

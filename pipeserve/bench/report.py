@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 from pipeserve.bench.ceilings import Ceilings
 from pipeserve.bench.engine import Result
 from pipeserve.bench.figures import Figures
+from pipeserve.bench.profile import WAIT_US, CardProfile
+from pipeserve.bench.tracing import NotTraced, Profile
 
 LEGEND = """\
 decode    tokens/s of all sequences, from the first token of the last one to start to the end
@@ -47,7 +50,36 @@ def as_table(result: Result) -> str:
         f"{facts.num_blocks * facts.block_size} KV tokens, "
         f"{facts.max_batch_tokens} tokens per micro-batch"
     )
-    return "\n".join((head, *map(_card_line, result.ceilings), "", *rows, "", LEGEND))
+    start = f"loaded in {result.load_s:.1f} s"
+    if result.capture_s:
+        start += f", of which {result.capture_s:.1f} s to compile kernels and capture graphs"
+    lines_above = (head, *map(_card_line, result.ceilings), start)
+    return "\n".join((*lines_above, "", *rows, "", LEGEND, *profile_lines(result.profiles)))
+
+
+def profile_lines(profiles: Sequence[Profile]) -> list[str]:
+    """A table of kernels per traced batch and card, or the reason why there is none."""
+    lines: list[str] = []
+    for profile in profiles:
+        if isinstance(profile, NotTraced):
+            lines += ["", f"{profile.num_concurrent} at once, not traced: {profile.reason}"]
+            continue
+        lines += ["", _profile_head(profile)]
+        lines.append(f"{'us/step':>9}  {'share':>6}  {'runs/step':>9}  kernel")
+        lines += [
+            f"{kernel.us_per_step:9.1f}  {kernel.share:6.1%}  {kernel.count_per_step:9.2f}  "
+            f"{kernel.name}"
+            for kernel in profile.kernels
+        ]
+    return lines
+
+
+def _profile_head(profile: CardProfile) -> str:
+    return (
+        f"{profile.num_concurrent} at once on {profile.device}: {profile.step_us:.0f} us per step "
+        f"over {profile.num_steps} traced steps; the GPU is idle {profile.idle_share:.1%} of the "
+        f"time, {profile.wait_share:.1%} in gaps of {WAIT_US:g} us and more (it waits)"
+    )
 
 
 def progress_line(figures: Figures) -> str:

@@ -5,13 +5,14 @@ Values only; imports no torch, so that the command line can build them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeserve.config import Config
 from pipeserve.errors import ConfigError
 
 REQUESTS_PER_CLIENT = 4
+LEAST_ROWS = 64
+"""max_num_seqs where neither an option nor the workload asks for more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,8 @@ class Workload:
     num_output_tokens: int
     """Of every sequence: no token ends one early."""
     loads: tuple[Load, ...]
+    traced: tuple[int, ...] = ()
+    """After the runs, a steady decode of so many sequences is traced kernel by kernel."""
 
     @property
     def num_concurrent(self) -> int:
@@ -86,14 +89,7 @@ def make_workload(
 
 
 def missing_options(workload: Workload, config: Config) -> dict[str, int]:
-    """Options that nobody set and that must be larger than their defaults for this workload."""
-    return dict(_missing_options(workload, config))
-
-
-def _missing_options(workload: Workload, config: Config) -> Iterator[tuple[str, int]]:
-    num_rows = config.max_num_seqs
-    if "max_num_seqs" not in config.model_fields_set:
-        num_rows = max(num_rows, workload.num_concurrent)
-        yield "max_num_seqs", num_rows
-    if "max_num_batched_tokens" not in config.model_fields_set:
-        yield "max_num_batched_tokens", max(config.max_num_batched_tokens, num_rows)
+    """Options that nobody set and that must fit this workload."""
+    if config.max_num_seqs is not None:
+        return {}
+    return {"max_num_seqs": max(LEAST_ROWS, workload.num_concurrent)}
