@@ -7,6 +7,7 @@ no GPU is waited for.
 from __future__ import annotations
 
 import queue
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class TokenPool:
         self._transfer = transfer
         self._tokens_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._queue: queue.SimpleQueue[_Published | None] = queue.SimpleQueue()
+        self._pending: deque[_Published] = deque()
         self._newest_step = -1
         self._is_closed = False
 
@@ -43,24 +45,35 @@ class TokenPool:
         self._queue.put(_Published(step_id=step_id, rows_S=rows_S, ids_S=arrival))
 
     def receive(self, needs_step: int | None) -> bool:
-        """Enter every token that was sent by now, and wait until those of needs_step were.
+        """Enter the tokens up to those of needs_step, once they were sent.
 
-        False if the pool was closed instead. To be called before each step, since what is on its
-        way lies in a ring.
+        Later ones only if they are there already: a GPU would wait for them, and for nothing. To be
+        called before each step, since what is on its way lies in a ring. False if the pool was
+        closed.
         """
         while not self._is_closed:
             is_awaited = needs_step is not None and self._newest_step < needs_step
             try:
                 published = self._queue.get(block=is_awaited)
             except queue.Empty:
+                self._enter_pending(needs_step)
                 return True
             if published is None:
                 break
-            self._enter(published)
+            self._newest_step = published.step_id
+            self._pending.append(published)
         return False
 
+    def _enter_pending(self, needs_step: int | None) -> None:
+        """In the order of the steps."""
+        needed = -1 if needs_step is None else needs_step
+        while self._pending:
+            first = self._pending[0]
+            if first.step_id > needed and not first.ids_S.is_there:
+                return
+            self._enter(self._pending.popleft())
+
     def _enter(self, published: _Published) -> None:
-        self._newest_step = published.step_id
         if len(published.rows_S) > 0:
             rows_S = int_tensor(published.rows_S, self._device)
             self._tokens_R.index_copy_(0, rows_S, published.ids_S.take())

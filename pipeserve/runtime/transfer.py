@@ -23,6 +23,11 @@ class Arrival:
     event: torch.cuda.Event | None
     """Recorded behind the last copy; None where there was nothing to wait for."""
 
+    @property
+    def is_there(self) -> bool:
+        """Whether taking it would wait for nothing."""
+        return self.event is None or self.event.query()
+
     def take(self) -> Tensor:
         """The tensor: a GPU's current stream waits for it, for a CPU this thread does."""
         if self.event is None:
