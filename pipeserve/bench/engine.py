@@ -19,11 +19,12 @@ import torch
 from pipeserve.bench.ceilings import Ceilings, measure_ceilings
 from pipeserve.bench.figures import Figures, ModelCosts, make_figures, model_costs
 from pipeserve.bench.recording import Recorder, Recording
+from pipeserve.bench.timeline import Bar, Timeline, WatchedPipeline
 from pipeserve.bench.tracing import MOST_TOKENS, Profile, SteadyDecode, trace_decode
 from pipeserve.bench.workload import Batch, Load, Workload
 from pipeserve.config import Config
-from pipeserve.core.batch import PipelineFacts
-from pipeserve.core.loading import LoadEvent, LoadNotice, OnProgress
+from pipeserve.core.batch import PipelineFacts, StageFailure, StepOutput
+from pipeserve.core.loading import LoadEvent, LoadNotice, LoadReport, OnProgress
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.engine import Engine, Inbox
 from pipeserve.engine.messages import EngineFailed, EngineMessage, Shutdown, Submit
@@ -63,6 +64,8 @@ class Result:
     runs: tuple[Figures, ...]
     profiles: tuple[Profile, ...]
     """Of each traced batch, one per card."""
+    bars: tuple[Bar, ...]
+    """Of the last run's micro-batches on each stage."""
     load_s: float
     """Until the first step can be submitted."""
     capture_s: float
@@ -96,14 +99,22 @@ def measure(config: Config, workload: Workload, *, on_run: Callable[[Figures], N
         backend = stage_backend(devices[0], config)
         kv_dtype = kv_cache.storage_dtype(config.kv_cache_dtype, backend.dtype)
         costs = _costs(gguf_file, model, backend, kv_dtype=kv_dtype)
+        timeline = Timeline()
+
+        def post(item: StepOutput | StageFailure) -> None:
+            if isinstance(item, StepOutput):
+                timeline.take(item)
+            inbox.put(item)
+
         started_s = time.monotonic()
         pipeline = Pipeline.start(
-            gguf_file, config, config.devices, post=inbox.put, on_progress=_progress_reporter()
+            gguf_file, config, config.devices, post=post, on_progress=_progress_reporter()
         )
     load_s = time.monotonic() - started_s
-    with _running_engine(pipeline, inbox, config) as bench:
+    with _running_engine(pipeline, inbox, config, timeline) as bench:
         _check_room(workload, pipeline.facts)
         runs = tuple(_measure_runs(bench, workload, costs, on_run))
+        bars = tuple(timeline.bars)
         profiles = tuple(
             profile
             for num_concurrent in workload.traced
@@ -119,6 +130,7 @@ def measure(config: Config, workload: Workload, *, on_run: Callable[[Figures], N
         workload=workload,
         runs=runs,
         profiles=profiles,
+        bars=bars,
         load_s=load_s,
         capture_s=sum(card.capture_s for card in pipeline.cards),
     )
@@ -150,7 +162,7 @@ def _progress_reporter() -> OnProgress:
     bars = ProgressBars()
 
     def report(event: LoadEvent) -> None:
-        if isinstance(event, LoadNotice):
+        if isinstance(event, LoadNotice | LoadReport):
             print(event.text, file=sys.stderr)
         else:
             bars.update(event)
@@ -186,8 +198,9 @@ def _check_room(workload: Workload, facts: PipelineFacts) -> None:
 class _Bench:
     """Runs loads on an engine, one after another. `deliver` is called on the engine's thread."""
 
-    def __init__(self, inbox: Inbox, *, vocab_size: int) -> None:
+    def __init__(self, inbox: Inbox, timeline: Timeline, *, vocab_size: int) -> None:
         self._inbox = inbox
+        self._timeline = timeline
         self._vocab_size = vocab_size
         self._rng = np.random.default_rng(0)
         self._seq_ids = itertools.count()
@@ -203,6 +216,7 @@ class _Bench:
     def run(self, workload: Workload, load: Load) -> Recording:
         """Raises StageFailedError or StageStalledError where the engine died."""
         submissions = [self._submission(workload) for _ in range(load.num_sequences)]
+        self._timeline.clear()
         recorder = Recorder(post=self._inbox.put, load=load, submissions=submissions)
         self._listen(recorder.deliver)
         return recorder.run()
@@ -240,10 +254,12 @@ class _Bench:
 
 
 @contextmanager
-def _running_engine(pipeline: Pipeline, inbox: Inbox, config: Config) -> Iterator[_Bench]:
-    bench = _Bench(inbox, vocab_size=pipeline.facts.vocab_size)
+def _running_engine(
+    pipeline: Pipeline, inbox: Inbox, config: Config, timeline: Timeline
+) -> Iterator[_Bench]:
+    bench = _Bench(inbox, timeline, vocab_size=pipeline.facts.vocab_size)
     engine = Engine(
-        pipeline=pipeline,
+        pipeline=WatchedPipeline(pipeline, timeline),
         inbox=inbox,
         post=bench.deliver,
         stage_timeout_s=config.stage_timeout_s,

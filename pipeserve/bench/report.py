@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from pipeserve.bench import timeline
 from pipeserve.bench.ceilings import Ceilings
 from pipeserve.bench.engine import Result
 from pipeserve.bench.figures import Figures
@@ -26,9 +27,23 @@ compute   TFLOP/s of prefill, and the share of all cards' bf16 matrix rate"""
 _COLUMNS = ("seqs", "decode", "full", "prefill", "total", "TTFT", "ITL", "busy", "read", "compute")
 
 
+def as_svg(result: Result) -> str:
+    """The middle of the last run: every micro-batch of every stage a bar."""
+    figures = result.runs[-1]
+    rate = figures.total_tokens_per_s
+    title = (
+        f"{result.model} on {' + '.join(result.devices)}, {figures.num_concurrent} sequences at "
+        f"once: {rate:,.0f} tokens/s"
+    )
+    return timeline.as_svg(
+        timeline.middle(result.bars), num_stages=len(result.devices), title=title
+    )
+
+
 def as_json(result: Result) -> str:
     """Every figure under its name in Figures, Ceilings and ModelCosts, and the shares."""
-    values = dataclasses.asdict(result)
+    values = dataclasses.asdict(dataclasses.replace(result, bars=()))
+    del values["bars"]  # thousands; they are for the picture
     for run, figures in zip(values["runs"], result.runs, strict=True):
         run["copy_share"] = _share(figures.decode_bytes_per_s, result.copy_bytes_per_s)
         run["matmul_share"] = _share(figures.prefill_flops_per_s, result.matmul_flops_per_s)
