@@ -47,6 +47,15 @@ examples:
   pipeserve bench engine --shape llama-8b --devices cuda:0,cuda:1 --clients 512 --json
   pipeserve bench engine --model demo --devices cpu,cpu --batch 1,8"""
 
+PLAN_EPILOG = """\
+Options are as for serve. Nothing is loaded but a few layers, whose times are measured once for
+every kind of device and kept.
+
+examples:
+  pipeserve plan demo --devices cpu,cpu
+  pipeserve plan ~/models/llama-3-70b-q4_k_m.gguf --devices cuda:0,cuda:1 --kv-cache-dtype int8
+  pipeserve plan demo --devices cpu,cpu --layer-split 20,10 --json"""
+
 BENCH_OPTIONS = (
     "shape",
     "recipe",
@@ -56,6 +65,7 @@ BENCH_OPTIONS = (
     "clients",
     "requests",
     "profile",
+    "timeline",
     "json",
 )
 
@@ -63,9 +73,10 @@ HTTP_OPTIONS = frozenset(
     {
         *("served_model_name", "max_queued_requests", "max_body_bytes", "text_timeout_s"),
         *("processes", "host", "port", "drain_timeout_s", "log_level", "log_format"),
+        *("layout", "replicas", "stages"),
     }
 )
-"""Fields of Config that mean nothing to a benchmark without the front half."""
+"""Fields of Config that mean nothing to commands without the front half."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     pull.set_defaults(run=run_pull)
     pull.add_argument("model", metavar="MODEL", help="demo, gemma3-270m or hf:owner/repo/file.gguf")
     pull.add_argument("--cache-dir", dest="cache_dir", default=argparse.SUPPRESS, metavar="FOLDER")
+    _add_plan(commands)
     bench = commands.add_parser("bench", help="measure this machine", description="Benchmarks.")
     _add_bench_engine(bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True))
     return parser
@@ -121,6 +133,22 @@ def _add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
             metavar=_metavar(name, Config.model_fields[name].annotation),
             help=_help(name),
         )
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="show which stages a model would get, and what they would do",
+        description="Print layers, weights and KV cache of every stage, and the expected speed.",
+        epilog=PLAN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.set_defaults(run=run_plan)
+    plan.add_argument("model", metavar="MODEL", help="as for serve")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_options(
+        plan, [name for name in Config.model_fields if name not in {"model", *HTTP_OPTIONS}]
+    )
 
 
 def _add_bench_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -160,6 +188,12 @@ def _add_bench_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentPa
         "--profile",
         action="store_true",
         help="afterwards trace a steady decode of each batch: time per GPU kernel",
+    )
+    add(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="draw which stage worked on which micro-batch in the last run, as SVG",
     )
     add("--json", action="store_true", help="print JSON instead of a table")
     _add_options(
@@ -220,6 +254,19 @@ def run_pull(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def run_plan(parsed: argparse.Namespace) -> int:
+    """The command `plan`."""
+    options = {name: value for name, value in vars(parsed).items() if name in Config.model_fields}
+    config = load_config(overrides=options, config_file=parsed.config)
+    configure_logging(level="warning", log_format="auto")
+    keep_kernels_in(config.cache_dir)
+    from pipeserve import planning  # loads torch
+
+    plan = planning.make_plan(config)
+    print(planning.as_json(plan) if parsed.json else planning.as_text(plan))
+    return 0
+
+
 def run_bench_engine(parsed: argparse.Namespace) -> int:
     """The command `bench engine`."""
     from pipeserve.bench.workload import make_workload, missing_options
@@ -253,4 +300,6 @@ def run_bench_engine(parsed: argparse.Namespace) -> int:
         config, workload, on_run=lambda run: print(report.progress_line(run), file=sys.stderr)
     )
     print(report.as_json(result) if parsed.json else report.as_table(result))
+    if parsed.timeline is not None:
+        parsed.timeline.write_text(report.as_svg(result))
     return 0

@@ -30,7 +30,14 @@ class LoadNotice:
     text: str
 
 
-LoadEvent = StageProgress | LoadNotice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What was decided or measured on the way."""
+
+    text: str
+
+
+LoadEvent = StageProgress | LoadNotice | LoadReport
 
 OnProgress = Callable[[LoadEvent], None]
 """Called from loading threads, one call at a time."""

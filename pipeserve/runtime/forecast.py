@@ -5,24 +5,20 @@ Numbers from a survey; measures nothing.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+import torch
+
 from pipeserve.runtime import kv_cache
-from pipeserve.runtime.cost_model import (
-    OUTPUT_TOKENS,
-    PROMPT_TOKENS,
-    decode_tokens_per_s,
-    prefill_tokens_per_s,
-)
+from pipeserve.runtime.cost_model import decode_tokens_per_s, prefill_tokens_per_s
 from pipeserve.runtime.partition import Partition
 from pipeserve.runtime.placement import best_cut
 from pipeserve.runtime.survey import Survey, SurveyedDevice
 
 LOADS = (1, 8, 32, 128, 256)
 """Sequences at once."""
-
-SEQUENCE_TOKENS = PROMPT_TOKENS + OUTPUT_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +38,7 @@ class StageForecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadForecast:
-    """So many sequences of SEQUENCE_TOKENS at once."""
+    """So many sequences of the expected mix at once."""
 
     num_sequences: int
     num_running: int
@@ -60,7 +56,7 @@ class Forecast:
     loads: tuple[LoadForecast, ...]
     prefill_tokens_per_s: float
     output_tokens_per_s: float
-    """Of the mix, while prompts of others come in and all rows decode."""
+    """Of the mix, while prompts of others come in and as many rows decode as can."""
 
     @property
     def layer_split(self) -> tuple[int, ...]:
@@ -79,7 +75,7 @@ def forecast(survey: Survey, cut: Partition) -> Forecast:
     """What is to be expected; see decode_tokens_per_s, prefill_tokens_per_s and Mix for how."""
     facts, stages = survey.facts, survey.stages(cut)
     kv_tokens = int(min(cut.num_tokens, facts.num_rows * facts.context_length))
-    most_running = max(1, min(facts.num_rows, kv_tokens // SEQUENCE_TOKENS))
+    most_running = survey.num_running(cut)
     return Forecast(
         stages=_stage_forecasts(survey, cut),
         kv_tokens=max(0, kv_tokens),
@@ -97,7 +93,7 @@ def forecast(survey: Survey, cut: Partition) -> Forecast:
 
 
 def _stage_forecasts(survey: Survey, cut: Partition) -> tuple[StageForecast, ...]:
-    costs = survey.costs()
+    costs = survey.costs(survey.num_running(cut))
     return tuple(
         StageForecast(
             device=str(survey.devices[which].device),
@@ -119,23 +115,20 @@ def _stage_forecasts(survey: Survey, cut: Partition) -> tuple[StageForecast, ...
 
 def find_limits(survey: Survey, cut: Partition) -> tuple[str, ...]:
     """What keeps the cut from doing more, in words."""
-    stages = forecast(survey, cut).stages
-    slowest = max(range(len(stages)), key=lambda index: cut.times_s[index])
-    limits = [
-        (
-            f"time: stage {slowest} ({stages[slowest].device}, {stages[slowest].num_layers} "
-            "layers) is the slowest"
-        )
-    ]
-    fullest = min(range(len(stages)), key=lambda index: cut.tokens[index])
-    tokens, rows = cut.tokens[fullest], survey.facts.num_rows
-    where = f"stage {fullest} ({stages[fullest].device})"
-    if tokens < 0:
-        limits.append(f"memory: the weights of {where} are not expected to fit")
-    elif tokens < rows * SEQUENCE_TOKENS:
+    names = [f"stage {i} ({survey.devices[which].device})" for i, which in enumerate(cut.order)]
+    limits = [f"time: {names[cut.times_s.index(cut.slowest_s)]} is the slowest"]
+    if not _has_cores(survey):
         limits.append(
-            f"memory: the KV cache of {where} holds {int(tokens // SEQUENCE_TOKENS)} sequences of "
-            f"{PROMPT_TOKENS} + {OUTPUT_TOKENS} tokens, and max_num_seqs is {rows}"
+            f"cores: CPU stages share {os.cpu_count()}, so that none is as fast as foretold"
+        )
+    tokens, rows = cut.num_tokens, survey.facts.num_rows
+    where = names[cut.tokens.index(tokens)]
+    if tokens < 0:
+        limits.append(f"memory: weights and KV cache of {where} are not expected to fit")
+    elif survey.num_running(cut) < rows:
+        limits.append(
+            f"memory: the KV cache of {where} holds {survey.num_running(cut)} sequences of "
+            f"{survey.sequence_tokens} tokens, and max_num_seqs is {rows}"
         )
     return tuple(limits)
 
@@ -153,8 +146,8 @@ def find_alternatives(survey: Survey, cut: Partition) -> tuple[Alternative, ...]
     if len(survey.devices) > 1:
         fewer = replace(survey, devices=survey.devices[:-1])
         surveys[f"without the last device ({last.device})"] = fewer
-    if len(survey.devices) < survey.model.num_layers:
-        more = replace(survey, devices=(*survey.devices, last))
+    more = replace(survey, devices=(*survey.devices, last))
+    if len(more.devices) <= survey.model.num_layers and _has_cores(more):
         surveys[f"one more device like the last ({last.device})"] = more
     cuts = ((change, other, best_cut(other)) for change, other in surveys.items())
     return tuple(
@@ -164,6 +157,12 @@ def find_alternatives(survey: Survey, cut: Partition) -> tuple[Alternative, ...]
     )
 
 
+def _has_cores(survey: Survey) -> bool:
+    """Whether every compute thread of CPU stages can have a core of its own."""
+    num_stages = sum(each.device.type == "cpu" for each in survey.devices)
+    return num_stages * survey.threads_per_stage <= (os.cpu_count() or 1)
+
+
 def _with_int8(survey: Survey, device: SurveyedDevice) -> SurveyedDevice:
     """With another size of the KV cache; its speed is taken to be the same."""
-    return replace(device, kv_token_bytes=kv_cache.int8_token_bytes(survey.model))
+    return replace(device, kv_token_bytes=kv_cache.block_bytes(survey.model, 1, torch.int8))

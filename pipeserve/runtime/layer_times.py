@@ -8,7 +8,6 @@ Shapes: T tokens, D model dim, S rows.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ import torch
 
 from pipeserve.config import Config
 from pipeserve.core.batch import MicroBatch, PipelineFacts
+from pipeserve.errors import ConfigError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.kernels.backend import Backend
 from pipeserve.kernels.sampling_backend import sampling_backend_for
@@ -38,7 +38,7 @@ from pipeserve.runtime.devices import int_tensor
 from pipeserve.runtime.loading import stage_backend
 from pipeserve.runtime.stage_parts import StageParts, make_parts
 from pipeserve.runtime.step_inputs import StepInputs, exact_shape, pack
-from pipeserve.runtime.timing import Call, capture, seconds_per_call
+from pipeserve.runtime.timing import Call, capture, give_back, seconds_per_call
 from pipeserve.runtime.token_pool import TokenPool
 from pipeserve.runtime.transfer import HostTransfer
 
@@ -103,7 +103,7 @@ def measure_device(
 
     Raises:
         ModelError: a tensor cannot be read or dequantised, or leaves float16's range.
-        ConfigError: the card cannot compute with these weights.
+        ConfigError: the card cannot compute with these weights, or has no memory for the trial.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="timing") as executor:
         return executor.submit(_measure, gguf_file, model, device, config, facts).result()
@@ -123,11 +123,15 @@ def _measure(
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, torch.inference_mode():
             return _Trial(gguf_file, model, device, config, facts).measure()
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"{device} has not enough free memory to time a few layers of the model; end what else "
+            "uses the card, lower max_num_batched_tokens or max_num_seqs, or list other devices"
+        ) from None
     finally:
         torch.set_num_threads(num_threads)
         if device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+            give_back()
 
 
 class _Trial:
@@ -145,6 +149,7 @@ class _Trial:
         self._model = model
         self._device = device
         self._facts = facts
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sizes = timing_sizes(facts, device)
         self._backend = stage_backend(device, config)
         self._kv_dtype = kv_cache.storage_dtype(config.kv_cache_dtype, self._backend.dtype)
@@ -222,7 +227,7 @@ class _Trial:
             def call() -> object:
                 return sampling.sample(decoder.logits(x_SD), ones_S, zeros_S, uniform_S)
 
-            return seconds_per_call(capture(call, device), device)
+            return seconds_per_call(capture(call, self._stream), device)
 
         return Curve(
             sizes=self._sizes.rows, seconds=tuple(sampled_s(rows) for rows in self._sizes.rows)
@@ -270,7 +275,7 @@ class _Trial:
 
     def _decode_s(self, parts: StageParts, num_rows: int) -> float:
         call = self._step(parts, _decode_batch(num_rows, self._sizes.length))
-        return seconds_per_call(capture(call, self._device), self._device)
+        return seconds_per_call(capture(call, self._stream), self._device)
 
     def _prefill_s(self, parts: StageParts) -> float:
         """Not captured: a chunk of full size runs eagerly when serving, too."""

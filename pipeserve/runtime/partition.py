@@ -6,7 +6,7 @@ Pure numbers; knows neither torch nor files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ SLACK = 0.01
 """Of cuts that are this close to the fastest, the one that holds most KV tokens is taken."""
 
 Matrix = npt.NDArray[np.float64]
+Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ class DeviceCosts:
     """For weights and KV cache; None: more than enough."""
     kv_bytes: int | None
     """For the KV cache, as far as room_bytes has it; None: all that is left."""
+    least_kv_bytes: int = 0
+    """That must be left for it: what the options ask for."""
 
     def stage_times(self) -> Matrix:
         """[L + 1, L + 1]: seconds of layers [i, j), with the head where j is L."""
@@ -69,11 +72,12 @@ class DeviceCosts:
 
     def stage_tokens(self) -> Matrix:
         """[L + 1, L + 1]: whole tokens of KV that fit beside layers [i, j), infinite without
-        limits, below 0 where the weights do not fit."""
+        limits, below 0 where the memory is too small."""
         num_layers = len(self.layer_s)
         rooms = np.full((num_layers + 1, num_layers + 1), np.inf)
         if self.room_bytes is not None:
             rooms = self.room_bytes - self.stage_bytes()
+            rooms = np.where(rooms < self.least_kv_bytes, np.minimum(rooms, -1.0), rooms)
         if self.kv_bytes is not None:
             rooms = np.minimum(rooms, self.kv_bytes)
         lengths = np.maximum(1, _differences((1,) * num_layers))
@@ -91,7 +95,7 @@ class Partition:
     times_s: tuple[float, ...]
     """Of each stage, per output token."""
     tokens: tuple[float, ...]
-    """Of KV that each stage can hold; below 0 where its weights do not fit."""
+    """Of KV that each stage can hold; below 0 where its memory is too small."""
 
     @property
     def slowest_s(self) -> float:
@@ -182,35 +186,45 @@ def _least_maximum(
     None if every way has an infinite piece.
     """
     num_layers = len(values[0]) - 1
+    lower = np.tril_indices(num_layers + 1)
+    values = [value.copy() for value in values]
+    for value in values:
+        value[lower] = np.inf  # a piece has at least one layer
     none_used = (0,) * len(counts)
     best = {none_used: np.where(np.arange(num_layers + 1) == 0, -np.inf, np.inf)}
-    came_from: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+    last_pieces: dict[tuple[int, ...], list[_Stage]] = {}
     for used in _subsets(counts):
-        if used == none_used:
-            continue
-        least = np.full(num_layers + 1, np.inf)
-        firsts, kinds = (np.zeros(num_layers + 1, dtype=np.int64) for _ in range(2))
-        for kind in reversed(range(len(counts))):  # of equals, the order that was given
-            if used[kind] == 0:
-                continue
-            so_far = best[_without(used, kind)]
-            largest = np.maximum(so_far[:, None], values[kind])
-            largest[np.tril_indices(num_layers + 1)] = np.inf  # a piece has at least one layer
-            starts = largest.argmin(axis=0)
-            found = largest[starts, np.arange(num_layers + 1)]
-            better = found < least
-            least = np.where(better, found, least)
-            firsts[better], kinds[better] = starts[better], kind
-        best[used], came_from[used] = least, (firsts, kinds)
-    largest_value = float(best[counts][num_layers])
-    if not np.isfinite(largest_value):
+        if used != none_used:
+            best[used], last_pieces[used] = _add_piece(values, best, used)
+    least = float(best[counts][num_layers])
+    if not np.isfinite(least):
         return None
     stages, used, end = [], counts, num_layers
     while end > 0:
-        firsts, kinds = came_from[used]
-        stages.append(_Stage(kind=int(kinds[end]), first=int(firsts[end]), end=end))
+        stages.append(last_pieces[used][end])
         used, end = _without(used, stages[-1].kind), stages[-1].first
-    return largest_value, stages[::-1]
+    return least, stages[::-1]
+
+
+def _add_piece(
+    values: Sequence[Matrix], best: Mapping[tuple[int, ...], Vector], used: tuple[int, ...]
+) -> tuple[Vector, list[_Stage]]:
+    """For each end: the least possible maximum where these devices share [0, end), and the last
+    piece of that way."""
+    ends = np.arange(len(values[0]))
+    least = np.full(len(ends), np.inf)
+    firsts, kinds = np.zeros_like(ends), np.zeros_like(ends)
+    for kind in reversed(range(len(used))):  # of equals, the order that was given
+        if used[kind] == 0:
+            continue
+        largest = np.maximum(best[_without(used, kind)][:, None], values[kind])
+        starts = largest.argmin(axis=0)
+        found = largest[starts, ends]
+        better = found < least
+        least = np.where(better, found, least)
+        firsts[better], kinds[better] = starts[better], kind
+    pieces = zip(kinds.tolist(), firsts.tolist(), ends.tolist(), strict=True)
+    return least, [_Stage(kind, first, end) for kind, first, end in pieces]
 
 
 def _subsets(counts: tuple[int, ...]) -> list[tuple[int, ...]]:

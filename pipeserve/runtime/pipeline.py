@@ -12,7 +12,7 @@ import torch
 
 from pipeserve.config import Config
 from pipeserve.core.batch import MicroBatch, PipelineFacts
-from pipeserve.core.loading import LoadNotice, OnProgress
+from pipeserve.core.loading import LoadReport, OnProgress
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.models.registry import check_model
 from pipeserve.runtime.collector import Collector, Post
@@ -105,7 +105,7 @@ class Pipeline:
         model = check_model(gguf_file)
         placement = place(gguf_file, model, config, devices, slowdowns=slowdowns)
         if placement.reason is not None:
-            on_progress(LoadNotice(text=placement.reason))
+            on_progress(LoadReport(text=placement.reason))
         plan = plan_pipeline(
             model, config, placement.devices, placement.split, rooms=placement.rooms
         )
@@ -142,7 +142,7 @@ class Pipeline:
         reports = [report_card(card, stages, graphs) for card in cards]
         for report in reports:
             torch.cuda.synchronize(report.memory.device)  # stages have streams of their own
-            on_progress(LoadNotice(text=str(report)))
+            on_progress(LoadReport(text=str(report)))
         return cls(
             facts=plan.facts,
             cards=reports,

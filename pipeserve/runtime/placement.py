@@ -22,6 +22,9 @@ from pipeserve.runtime.partition import Partition
 from pipeserve.runtime.plan import layer_ranges
 from pipeserve.runtime.survey import Survey, memory_limit, survey_devices
 
+_STEP = 1.4
+"""Between the numbers of sequences that cuts are tried for where memory is short."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
@@ -104,22 +107,45 @@ def choose(survey: Survey, config: Config) -> tuple[Partition, Partition | None]
     """
     best = best_cut(survey)
     if config.layer_split is not None:
-        return partition.price(survey.costs(), config.layer_split), best
+        own = partition.price(survey.costs(survey.facts.num_rows), config.layer_split)
+        return survey.price(own), best
     if best is None:
         raise _no_room(survey)
     return best, best
 
 
 def best_cut(survey: Survey) -> Partition | None:
-    """The fastest cut, in any order, that fits and holds a whole context on every stage. Where the
-    options ask for no context_length, that is halved until a cut holds it."""
-    facts, block_size = survey.facts, survey.facts.block_size
-    least = _whole_blocks(facts.context_length, block_size)
-    most, costs = facts.num_rows * least, survey.costs()
-    best = partition.best_partition(costs, least_tokens=least, most_tokens=most)
-    while best is None and survey.wanted_tokens is None and least > block_size:
-        least = _whole_blocks(least // 2, block_size)
-        best = partition.best_partition(costs, least_tokens=least, most_tokens=most)
+    """The cut, in any order of the devices, that takes the least time per output token and holds a
+    whole context on every stage; None where none fits. Where the options ask for no context_length,
+    that is halved until a cut holds it."""
+    block_size = survey.facts.block_size
+    least_tokens = _whole_blocks(survey.facts.context_length, block_size)
+    best = _best_holding(survey, least_tokens)
+    while best is None and survey.wanted_tokens is None and least_tokens > block_size:
+        least_tokens = _whole_blocks(least_tokens // 2, block_size)
+        best = _best_holding(survey, least_tokens)
+    return best
+
+
+def _best_holding(survey: Survey, least_tokens: int) -> Partition | None:
+    """More sequences at once make a token cheaper, but need more KV cache than the fastest cut may
+    leave: try for several numbers of them the fastest cut that holds as many."""
+    best: Partition | None = None
+    facts = survey.facts
+    most_tokens = facts.num_rows * _whole_blocks(facts.context_length, facts.block_size)
+    num_sequences = facts.num_rows
+    while num_sequences > 0:
+        costs, needed = survey.costs(num_sequences), num_sequences * survey.sequence_tokens
+        cuts = [
+            partition.best_partition(costs, least_tokens=least, most_tokens=most_tokens)
+            for least in (max(least_tokens, needed), least_tokens)
+        ]
+        for priced in (survey.price(cut) for cut in cuts if cut is not None):
+            if best is None or priced.slowest_s < best.slowest_s * (1.0 - partition.SLACK):
+                best = priced
+        if cuts[0] == cuts[1]:  # memory is no limit, neither here nor for fewer sequences
+            return best
+        num_sequences = int(num_sequences / _STEP)
     return best
 
 
@@ -128,7 +154,7 @@ def explain(survey: Survey, cut: Partition, best: Partition | None) -> str:
     times = " + ".join(f"{1e6 * each_s:.1f}" for each_s in cut.times_s)
     text = (
         f"{describe(survey, cut)} take {times} us per output token (with {PROMPT_TOKENS} prompt "
-        f"for {OUTPUT_TOKENS} output tokens and {survey.facts.num_rows} sequences)"
+        f"for {OUTPUT_TOKENS} output tokens and {survey.num_running(cut)} sequences)"
     )
     if best is None:
         return f"{text}; by what was estimated, no cut fits the memory"

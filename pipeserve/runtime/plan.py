@@ -130,12 +130,15 @@ def _kv_bytes(
     wanted = config.kv_cache_bytes or default_kv_bytes(device)
     if room is None or device.type == "cuda":  # there, room is measured once weights are loaded
         return wanted
-    room -= step_bytes(model, facts, device)
-    least = config.kv_cache_bytes or 1
-    if room < least:
+    room = max(0, room - step_bytes(model, facts, device))
+    if room < (config.kv_cache_bytes or 1):
+        asked = f", but kv_cache_bytes asks for {config.kv_cache_bytes}" * bool(
+            config.kv_cache_bytes
+        )
         raise ConfigError(
-            f"memory_limit_bytes leaves {max(0, room)} bytes for the KV cache of a stage beside "
-            f"its weights and what steps take; raise it, lower kv_cache_bytes, or list more devices"
+            f"memory_limit_bytes leaves {room} bytes for the KV cache of a stage, beside its "
+            f"weights and what steps take{asked}; raise it, lower kv_cache_bytes, or list more "
+            "devices"
         )
     return room if wanted is None else min(wanted, room)
 

@@ -16,8 +16,14 @@ from pipeserve.gguf.reader import GGUFFile
 from pipeserve.kernels.backend import Backend
 from pipeserve.models.config import ModelConfig
 from pipeserve.models.loader import device_bytes
-from pipeserve.runtime import kv_cache
-from pipeserve.runtime.cost_model import DeviceTimes, Mix, StageTimes
+from pipeserve.runtime import kv_cache, partition
+from pipeserve.runtime.cost_model import (
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    DeviceTimes,
+    Mix,
+    StageTimes,
+)
 from pipeserve.runtime.layer_times import layer_kinds, measure_device
 from pipeserve.runtime.loading import stage_backend
 from pipeserve.runtime.memory import MARGIN
@@ -38,6 +44,7 @@ class SurveyedDevice:
     kv_token_bytes: int
     room_bytes: int | None
     kv_bytes: int | None
+    least_kv_bytes: int
 
     def costs(self, mix: Mix) -> DeviceCosts:
         """What the partition is made from."""
@@ -49,6 +56,7 @@ class SurveyedDevice:
             kv_token_bytes=self.kv_token_bytes,
             room_bytes=self.room_bytes,
             kv_bytes=self.kv_bytes,
+            least_kv_bytes=self.least_kv_bytes,
         )
 
 
@@ -62,19 +70,29 @@ class Survey:
     devices: tuple[SurveyedDevice, ...]
     wanted_tokens: int | None
     """Of KV, where the options ask for a context_length."""
+    threads_per_stage: int
+    """Of CPU stages."""
 
     @property
-    def mix(self) -> Mix:
-        """All rows run, in as many cohorts as there are stages."""
-        return Mix(
-            rows=max(1, self.facts.num_rows // len(self.devices)),
+    def sequence_tokens(self) -> int:
+        """Of KV that a sequence of the expected mix comes to hold."""
+        return min(PROMPT_TOKENS + OUTPUT_TOKENS, self.facts.context_length)
+
+    def costs(self, num_sequences: int) -> list[DeviceCosts]:
+        """Of each device while so many run, in as many cohorts as there are stages."""
+        mix = Mix(
+            rows=max(1, num_sequences // len(self.devices)),
             chunk_tokens=self.facts.max_batch_tokens,
         )
-
-    def costs(self) -> list[DeviceCosts]:
-        """Of each device."""
-        mix = self.mix
         return [each.costs(mix) for each in self.devices]
+
+    def num_running(self, cut: Partition) -> int:
+        """Sequences of the expected mix that can run at once: as rows and KV cache allow."""
+        return int(max(1, min(self.facts.num_rows, cut.num_tokens // self.sequence_tokens)))
+
+    def price(self, cut: Partition) -> Partition:
+        """The cut with what it costs while as many sequences run as can."""
+        return partition.price(self.costs(self.num_running(cut)), cut.split, cut.order)
 
     def stages(self, cut: Partition) -> list[StageTimes]:
         """What the stages of a cut take."""
@@ -124,10 +142,15 @@ def survey_devices(
                 kv_token_bytes=kv_cache.block_bytes(model, 1, kv_dtype),
                 room_bytes=_room_bytes(model, config, facts, targets, index),
                 kv_bytes=config.kv_cache_bytes or default_kv_bytes(device),
+                least_kv_bytes=config.kv_cache_bytes or 0,
             )
         )
     return Survey(
-        model=model, facts=facts, devices=tuple(surveyed), wanted_tokens=config.context_length
+        model=model,
+        facts=facts,
+        devices=tuple(surveyed),
+        wanted_tokens=config.context_length,
+        threads_per_stage=config.threads_per_stage,
     )
 
 
@@ -162,11 +185,19 @@ def _times(
     config: Config,
     facts: PipelineFacts,
 ) -> DeviceTimes:
-    return cached_times(
-        config.cache_dir.expanduser() / "timings",
-        timing_key(gguf_file, model, device, config=config, facts=facts),
-        lambda: measure_device(gguf_file, model, device, config=config, facts=facts),
-    )
+    def measure() -> DeviceTimes:
+        return measure_device(gguf_file, model, device, config=config, facts=facts)
+
+    if not are_kept(device):
+        return measure()
+    key = timing_key(gguf_file, model, device, config=config, facts=facts)
+    return cached_times(config.cache_dir.expanduser() / "timings", key, measure)
+
+
+def are_kept(device: torch.device) -> bool:
+    """Whether times are worth a file: a CPU's take a second, and whatever else it did meanwhile
+    would be kept with them."""
+    return device.type != "cpu"
 
 
 def _room_bytes(

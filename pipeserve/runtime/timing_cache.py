@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def _write(path: Path, stored: object) -> None:
         unfinished.write_text(json.dumps(stored, indent=1), encoding="utf-8")
         unfinished.replace(path)
     except OSError:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 @cache

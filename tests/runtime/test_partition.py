@@ -33,6 +33,7 @@ def device(
     layer_bytes: int = 100,
     room_bytes: int | None = None,
     kv_bytes: int | None = None,
+    least_kv_bytes: int = 0,
 ) -> DeviceCosts:
     weights = WeightBytes(layers=(layer_bytes,) * len(layer_s), embedding=50, head=70, shared=30)
     return DeviceCosts(
@@ -43,6 +44,7 @@ def device(
         kv_token_bytes=2,
         room_bytes=room_bytes,
         kv_bytes=kv_bytes,
+        least_kv_bytes=least_kv_bytes,
     )
 
 
@@ -83,7 +85,9 @@ def by_hand(
         rooms = [] if own.room_bytes is None else [own.room_bytes - weights]
         rooms += [] if own.kv_bytes is None else [own.kv_bytes]
         each = own.kv_token_bytes * len(layers)
-        tokens.append(min((room // each for room in rooms), default=float("inf")))
+        fits = own.room_bytes is None or own.room_bytes - weights >= own.least_kv_bytes
+        held = min((room // each for room in rooms), default=float("inf"))
+        tokens.append(held if fits or held < 0 else -1 // each)
     return Partition(order=order, split=cut, times_s=tuple(times), tokens=tuple(tokens))
 
 
@@ -101,6 +105,7 @@ def machines(
             stage_s=draw(st.integers(0, 5)),
             room_bytes=draw(room),
             kv_bytes=draw(st.none() | st.integers(100, 2000)),
+            least_kv_bytes=draw(st.just(0) | st.integers(0, 1000)),
         )
         for _ in range(num_kinds)
     ]
