@@ -24,7 +24,9 @@ import aiohttp
 from workloads import WORKLOADS
 
 _STAGE_BUSY = re.compile(
-    r'^pipeserve:stage_busy_seconds_total\{stage="(?P<stage>\d+)"\} (?P<busy_s>\S+)', re.MULTILINE
+    r'^pipeserve:stage_busy_seconds_total\{(replica="(?P<replica>\d+)",)?stage="(?P<stage>\d+)"\} '
+    r"(?P<busy_s>\S+)",
+    re.MULTILINE,
 )
 
 
@@ -138,11 +140,15 @@ async def worker(
             failures.append(f"request {index}: {reason(error)}")
 
 
-async def stage_busy_s(session: aiohttp.ClientSession) -> dict[int, float]:
-    """Seconds that each stage has been busy since its start; empty without such metrics."""
+async def stage_busy_s(session: aiohttp.ClientSession) -> dict[tuple[int, int], float]:
+    """Seconds that each stage of each replica has been busy since its start; empty without such
+    metrics."""
     async with session.get("/metrics") as response:
         text = await response.text() if response.status == 200 else ""
-    return {int(match["stage"]): float(match["busy_s"]) for match in _STAGE_BUSY.finditer(text)}
+    return {
+        (int(match["replica"] or 0), int(match["stage"])): float(match["busy_s"])
+        for match in _STAGE_BUSY.finditer(text)
+    }
 
 
 async def served_model(session: aiohttp.ClientSession) -> str:

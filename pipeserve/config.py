@@ -50,6 +50,12 @@ class Config(BaseSettings):
     """Where downloaded models, compiled GPU kernels and measured times are kept."""
     devices: Annotated[tuple[str, ...], NoDecode] = ("auto",)
     """One device per pipeline stage, such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], which are put in the fastest order unless layer_split is given; auto takes every GPU, or two CPU stages where there is none."""
+    layout: Literal["auto", "pipeline", "replicas"] = "auto"
+    """How devices work together: pipeline cuts the layers over all of them, replicas gives each (or as many as stages says) a whole model; where every device is a GPU of its own, auto takes what promises more output tokens per second by measured times, else a pipeline."""
+    replicas: Annotated[int, Field(ge=1)] | None = None
+    """Whole models that serve requests side by side, each on its share of devices in their order; left out, what layout and stages say."""
+    stages: Annotated[int, Field(ge=1)] | None = None
+    """Pipeline stages of each replica; left out, what layout and replicas say. Replicas times stages is the number of devices."""
     layer_split: Annotated[tuple[int, ...] | None, NoDecode] = None
     """Layers per stage, in the order of devices; left out, layers are timed on every kind of device and cut so that the slowest stage is as fast as possible within the memory."""
     weights: Literal["quantised", "bf16", "fp8"] = "quantised"
@@ -71,7 +77,7 @@ class Config(BaseSettings):
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     """Type of cached keys and values: auto is that of the activations; int8, with a scale per token and head, holds about twice the tokens of float16."""
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Most sequences that run at once; left out, 256 where all stages are on GPUs, else 64."""
+    """Most sequences that run at once in a replica; left out, 256 where all stages are on GPUs, else 64."""
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens in one micro-batch, longer prompts are computed in chunks; left out, 2048 where all stages are on GPUs, else 256."""
     num_look_ahead: Annotated[int, Field(ge=0, le=1)] = 1
@@ -128,14 +134,52 @@ class Config(BaseSettings):
                 "other activations than its own; leave activations out, or set weights = "
                 "'quantised'"
             )
-        stages = len(self.devices)
-        if self.layer_split is not None and self.devices != ("auto",):
-            if len(self.layer_split) != stages:
-                raise ValueError(
-                    f"layer_split has {len(self.layer_split)} parts but devices has {stages}; "
-                    "give one number of layers per device"
-                )
+        if self.devices != ("auto",):
+            num_replicas = self.count_replicas(len(self.devices)) or 1
+            self._check_split(len(self.devices) // num_replicas, num_replicas)
         return self
+
+    def _check_split(self, num_stages: int, num_replicas: int) -> None:
+        if self.layer_split is None or len(self.layer_split) == num_stages:
+            return
+        parts = f"layer_split has {len(self.layer_split)} parts"
+        if num_replicas == 1:
+            raise ValueError(
+                f"{parts} but devices has {num_stages}; give one number of layers per device"
+            )
+        raise ValueError(
+            f"{parts} but each of {num_replicas} replicas has {num_stages} stages; give one number "
+            "of layers per stage, which holds for every replica"
+        )
+
+    def count_replicas(self, num_devices: int) -> int | None:
+        """How many replicas the options ask for on so many devices; None: layout = "auto" may
+        choose.
+
+        Raises:
+            ValueError: layout, replicas and stages contradict each other or the devices.
+        """
+        replicas, stages = self.replicas, self.stages
+        if replicas is not None and stages is not None and replicas * stages != num_devices:
+            raise ValueError(
+                f"replicas = {replicas} times stages = {stages} is {replicas * stages}, but there "
+                f"are {num_devices} devices; leave one of the two out, or change devices"
+            )
+        for name, value in (("replicas", replicas), ("stages", stages)):
+            if value is not None and num_devices % value:
+                raise ValueError(
+                    f"{name} is {value}, which does not divide the {num_devices} devices evenly; "
+                    f"change {name} or devices"
+                )
+        wanted = replicas or (num_devices // stages if stages else None)
+        if self.layout == "pipeline" and wanted not in (None, 1):
+            raise ValueError(
+                "layout is 'pipeline', which has one replica with a stage on every device, but "
+                f"replicas and stages ask for {wanted} replicas; leave layout out or set 'replicas'"
+            )
+        if wanted is None and self.layout != "auto":
+            return 1 if self.layout == "pipeline" else num_devices
+        return 1 if num_devices == 1 else wanted
 
 
 def load_config(

@@ -23,14 +23,16 @@ from aiohttp import web
 
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
-from pipeserve.core.loading import LoadEvent, LoadNotice, OnProgress
+from pipeserve.core.loading import LoadEvent, LoadNotice, LoadReport, OnProgress
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.client import EngineClient
-from pipeserve.engine.messages import EngineFailed, EngineMessage, Load
-from pipeserve.engine_host import EngineHost, make_host, takes_two_processes
+from pipeserve.engine.messages import Load, SurveyLayouts
+from pipeserve.engine_host import LayoutSurveyor, may_have_several_gpus, takes_two_processes
 from pipeserve.errors import ConfigError, EngineError, PipeserveError
+from pipeserve.layout import choose_layout, needs_survey
 from pipeserve.notify import ServiceNotifier
 from pipeserve.progress import ProgressBars
+from pipeserve.replicated_engine import ReplicatedEngine
 from pipeserve.restarts import Restarts
 from pipeserve.served_model import ServedModel, fetch_model
 from pipeserve.server.app import build_app, make_runner
@@ -80,6 +82,9 @@ def _progress_reporter(notifier: ServiceNotifier) -> OnProgress:
         if isinstance(event, LoadNotice):
             log.warning("loading", notice=event.text)
             return
+        if isinstance(event, LoadReport):
+            log.info("loading", report=event.text)
+            return
         bars.update(event)
         if told.get(event.stage) == event.percent // 10:
             return
@@ -126,9 +131,10 @@ class Daemon:
         try:
             async with self._listening():
                 model = await self._unless_stopped(fetch_model, self._config)
-                if model is None:
+                orders = await self._lay_out(model) if model is not None else None
+                if model is None or orders is None:
                     return 0
-                return await self._serve_model(model, text_executor, started_s)
+                return await self._serve_model(model, orders, text_executor, started_s)
         finally:
             watchdog.cancel()
             text_executor.shutdown(wait=False, cancel_futures=True)
@@ -167,8 +173,37 @@ class Daemon:
         work.add_done_callback(lambda late: late.cancelled() or late.exception())
         return None
 
+    async def _lay_out(self, model: ServedModel) -> list[Load] | None:
+        """One order for each replica; None if a stop is asked for before they are known.
+
+        Raises:
+            PipeserveError: options do not fit the devices, or the model cannot be served.
+        """
+        config, survey = self._config, None
+        if needs_survey(config, may_have_several_gpus=may_have_several_gpus()):
+            surveyor = LayoutSurveyor(SurveyLayouts(config=config, model_path=model.path))
+            try:
+                survey = await self._unless_stopped(surveyor.survey)
+            finally:
+                await asyncio.to_thread(surveyor.close)
+            if survey is None:
+                return None
+        layout = choose_layout(config, survey)
+        if survey is not None or len(layout.replicas) > 1:
+            log.info("layout", replicas=len(layout.replicas), reason=layout.reason)
+        # Replicas on a CPU and on GPUs live in the same way.
+        processes = {"processes": "two" if takes_two_processes(config) else "one"}
+        return [
+            Load(config=each.model_copy(update=processes), model_path=model.path)
+            for each in layout.replicas
+        ]
+
     async def _serve_model(
-        self, model: ServedModel, text_executor: ThreadPoolExecutor, started_s: float
+        self,
+        model: ServedModel,
+        orders: Sequence[Load],
+        text_executor: ThreadPoolExecutor,
+        started_s: float,
     ) -> int:
         """One engine after another, until a stop or a failure that ends the daemon.
 
@@ -179,7 +214,7 @@ class Daemon:
             self._ready_s = None
             failure: PipeserveError | None
             try:
-                failure = await self._run_engine(model, text_executor, started_s)
+                failure = await self._run_engine(model, orders, text_executor, started_s)
             except PipeserveError as error:
                 if self._state.services is None:
                     raise
@@ -209,22 +244,27 @@ class Daemon:
         return True
 
     async def _run_engine(
-        self, model: ServedModel, text_executor: ThreadPoolExecutor, started_s: float
+        self,
+        model: ServedModel,
+        orders: Sequence[Load],
+        text_executor: ThreadPoolExecutor,
+        started_s: float,
     ) -> EngineError | None:
-        """One engine from its load to its end; returns why it failed, None after a stop.
+        """All replicas from their load to the last one's end; returns why that failed, None after
+        a stop.
 
         Raises:
             PipeserveError: it did not come to take requests.
         """
         log.info("loading", path=str(model.path))
-        host = make_host(Load(config=self._config, model_path=model.path))
+        engine = ReplicatedEngine(orders)
         try:
             report = _progress_reporter(self._notifier)
-            facts = await self._unless_stopped(host.load, report)
+            facts = await self._unless_stopped(engine.load, report)
             if facts is None:
                 return None
-            async with self._connected(host, facts) as client:
-                await _warm_up(client)
+            async with self._connected(engine, facts) as client:
+                await asyncio.gather(*(_warm_up(client) for _ in orders))
                 self._state.ready(
                     Services(
                         engine=client,
@@ -234,50 +274,34 @@ class Daemon:
                         text_executor=text_executor,
                     )
                 )
-                self._announce(model.card.name, facts, started_s)
+                self._announce(model.card.name, facts, len(orders), started_s)
                 return await self._until_stopped(client)
         finally:
-            await asyncio.to_thread(host.close, STOP_TIMEOUT_S)
+            await asyncio.to_thread(engine.close, STOP_TIMEOUT_S)
 
     @asynccontextmanager
     async def _connected(
-        self, host: EngineHost, facts: PipelineFacts
+        self, engine: ReplicatedEngine, facts: PipelineFacts
     ) -> AsyncIterator[EngineClient]:
-        """The engine of a loaded host takes requests while the context is open."""
-        loop = asyncio.get_running_loop()
+        """A loaded engine takes requests while the context is open."""
         client = EngineClient(
-            facts=facts, post=host.post, max_queued_requests=self._config.max_queued_requests
+            facts=facts, post=engine.post, max_queued_requests=self._config.max_queued_requests
         )
-
-        def to_loop(messages: Sequence[EngineMessage]) -> None:
-            loop.call_soon_threadsafe(client.deliver_all, messages)
-
-        host.start(to_loop)
-        silence = asyncio.create_task(self._notice_silence(client))
+        engine.start(client.deliver)
         try:
             yield client
         finally:
-            silence.cancel()
+            engine.stop_watching()
             client.shut_down()
 
-    async def _notice_silence(self, client: EngineClient) -> None:
-        """Fail every request once the engine itself answers nothing for stage_timeout_s."""
-        patience_s = self._config.stage_timeout_s
-        with suppress(EngineError):  # it failed by itself
-            while True:
-                try:
-                    async with asyncio.timeout(patience_s):
-                        await client.stats()
-                except TimeoutError:
-                    error = f"the engine answered nothing for {patience_s:g} s (stage_timeout_s)"
-                    client.deliver(EngineFailed(error=error, stalled=True))
-                await asyncio.sleep(patience_s / 4)
-
-    def _announce(self, model_name: str, facts: PipelineFacts, started_s: float) -> None:
+    def _announce(
+        self, model_name: str, facts: PipelineFacts, num_replicas: int, started_s: float
+    ) -> None:
         self._ready_s = time.monotonic()
         log.info(
             "ready",
             model=model_name,
+            replicas=num_replicas,
             stages=facts.num_stages,
             context_length=facts.context_length,
             kv_tokens=facts.num_blocks * facts.block_size,

@@ -22,6 +22,8 @@ from pipeserve.engine.messages import (
     Load,
     Loaded,
     LoadFailed,
+    Surveyed,
+    SurveyLayouts,
 )
 from pipeserve.engine.wire import Outbox, Wire
 from pipeserve.errors import EngineError, PipeserveError
@@ -50,12 +52,13 @@ def main() -> None:
 
 
 def serve_engine(wire: Wire) -> int:
-    """Load, serve, end; returns the exit status: 0 after a Shutdown, 1 after a failure."""
+    """Load, serve, end, or survey and end; returns the exit status: 0 after a Shutdown or a
+    survey, 1 after a failure."""
     first = wire.receive()
     if first is None:
         return 1
     order = first[0]
-    assert isinstance(order, Load), f"the first message is a {type(order).__name__}"
+    assert isinstance(order, Load | SurveyLayouts), f"the first message is {order!r}"
     configure_logging(level=order.config.log_level, log_format=order.config.log_format)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(wire, inbox), name="from-front", daemon=True).start()
@@ -76,7 +79,7 @@ def _receive(wire: Wire, inbox: Inbox) -> None:
     os._exit(1)
 
 
-def _run(order: Load, inbox: Inbox, outbox: Outbox) -> int:
+def _run(order: Load | SurveyLayouts, inbox: Inbox, outbox: Outbox) -> int:
     failures: list[EngineFailed] = []
 
     def deliver(message: EngineMessage) -> None:
@@ -86,8 +89,11 @@ def _run(order: Load, inbox: Inbox, outbox: Outbox) -> int:
 
     try:
         keep_kernels_in(order.config.cache_dir)
-        from pipeserve.engine_half import EngineHalf  # brings torch and Triton
+        from pipeserve.engine_half import EngineHalf, survey  # brings torch and Triton
 
+        if isinstance(order, SurveyLayouts):
+            outbox.put(Surveyed(survey=survey(order)))
+            return 0
         half = EngineHalf.load(order, inbox=inbox, on_progress=outbox.put)
     except PipeserveError as error:
         outbox.put(LoadFailed(error=error))

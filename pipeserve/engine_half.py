@@ -11,11 +11,14 @@ import structlog
 
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import OnProgress
 from pipeserve.engine.engine import Engine, Inbox
-from pipeserve.engine.messages import EngineMessage, Load
+from pipeserve.engine.messages import EngineMessage, Load, SurveyLayouts
 from pipeserve.gguf.reader import GGUFFile
+from pipeserve.layout import is_open
 from pipeserve.runtime.devices import resolve_devices
+from pipeserve.runtime.layouts import find_devices, survey_layouts
 from pipeserve.runtime.pipeline import Pipeline
 from pipeserve.toolchain import check_toolchain
 
@@ -73,6 +76,21 @@ class EngineHalf:
         has_ended = self._engine is None or self._engine.join(timeout_s)
         if not (has_ended and self._pipeline.close(timeout_s)):
             log.error("a thread did not end", stages=self._pipeline.describe_stall())
+
+
+def survey(order: SurveyLayouts) -> LayoutSurvey:
+    """What the choice of a layout needs to know; measures only where there is one.
+
+    Raises:
+        PipeserveError: the model cannot be served here, or options do not fit it.
+    """
+    config = order.config
+    with GGUFFile.open(order.model_path) as gguf_file:
+        devices = find_devices(gguf_file, config)
+        if not is_open(config, devices):
+            return LayoutSurvey(devices=devices, forecasts=())
+        check_toolchain()
+        return survey_layouts(gguf_file, config)
 
 
 def _uses_cuda(config: Config) -> bool:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import OnProgress
 from pipeserve.engine.engine import Inbox
-from pipeserve.engine.messages import EngineMessage, FrontMessage, Load
+from pipeserve.engine.messages import EngineMessage, FrontMessage, Load, SurveyLayouts
 from pipeserve.engine_process import EngineProcess
 from pipeserve.toolchain import keep_kernels_in
 
@@ -83,6 +84,31 @@ def make_host(order: Load) -> EngineHost:
     return EngineProcess(order) if takes_two_processes(order.config) else EngineThreads(order)
 
 
+class LayoutSurveyor:
+    """Asks the engine half what the choice of a layout needs to know, wherever that lives."""
+
+    def __init__(self, order: SurveyLayouts) -> None:
+        self._order = order
+        self._process = EngineProcess(order) if takes_two_processes(order.config) else None
+
+    def survey(self) -> LayoutSurvey:
+        """Blocks; `close` breaks it off where it runs in a process of its own.
+
+        Raises:
+            PipeserveError: the model cannot be served here, or the process died.
+        """
+        if self._process is not None:
+            return self._process.survey()
+        keep_kernels_in(self._order.config.cache_dir)
+        from pipeserve.engine_half import survey  # brings torch and Triton
+
+        return survey(self._order)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close(0.0)
+
+
 def takes_two_processes(
     config: Config,
     *,
@@ -98,5 +124,26 @@ def takes_two_processes(
         return config.processes == "two"
     if config.devices != ("auto",):
         return any(device != "cpu" for device in config.devices)
+    return may_have_gpus(gpu_nodes=gpu_nodes, environ=environ)
+
+
+def may_have_gpus(
+    *, gpu_nodes: Sequence[Path] = GPU_NODES, environ: Mapping[str, str] = os.environ
+) -> bool:
+    """False where there are certainly none."""
     is_hidden = environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not is_hidden and any(node.exists() for node in gpu_nodes)
+
+
+def may_have_several_gpus(
+    *, folder: Path = Path("/dev"), environ: Mapping[str, str] = os.environ
+) -> bool:
+    """False where there is certainly none or only one."""
+    gpu_nodes = [folder / node.name for node in GPU_NODES]
+    if not may_have_gpus(gpu_nodes=gpu_nodes, environ=environ):
+        return False
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return "," in visible
+    # Of AMD's GPUs and of WSL's there are no such files, and nothing is known.
+    return len(list(folder.glob("nvidia[0-9]*"))) != 1

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import structlog
 
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import OnProgress
 from pipeserve.engine.messages import (
     EngineFailed,
@@ -25,6 +27,8 @@ from pipeserve.engine.messages import (
     Load,
     Loaded,
     LoadFailed,
+    Surveyed,
+    SurveyLayouts,
 )
 from pipeserve.engine.wire import Outbox, Wire, WireError
 from pipeserve.errors import EngineError, StageFailedError
@@ -38,17 +42,20 @@ FLUSH_TIMEOUT_S = 1.0
 
 log = structlog.get_logger()
 
+Answer = TypeVar("Answer", Loaded, Surveyed)
+
 
 class EngineProcess:
     """A child process that runs pipeserve.engine_child, from its start to its end.
 
-    First `load`, then `start`; `close` at any time. Construct it on the main thread.
+    First `load`, then `start`, or only `survey`, as ordered; `close` at any time. Construct it on
+    the main thread.
 
     Raises:
         EngineError: no process can be started.
     """
 
-    def __init__(self, order: Load) -> None:
+    def __init__(self, order: Load | SurveyLayouts) -> None:
         here, there = socket.socketpair()
         with there:
             try:
@@ -74,17 +81,26 @@ class EngineProcess:
         Raises:
             PipeserveError: the model cannot be served here, or the process died.
         """
+        return self._await_answer(Loaded, on_progress).facts
+
+    def survey(self) -> LayoutSurvey:
+        """Wait until the devices are surveyed.
+
+        Raises:
+            PipeserveError: the model cannot be served here, or the process died.
+        """
+        return self._await_answer(Surveyed, lambda event: None).survey
+
+    def _await_answer(self, kind: type[Answer], on_progress: OnProgress) -> Answer:
         try:
             while (messages := self._wire.receive()) is not None:
                 for index, message in enumerate(messages):
-                    match message:
-                        case Loaded():
-                            self._unread = messages[index + 1 :]
-                            return message.facts
-                        case LoadFailed():
-                            raise message.error
-                        case _:
-                            on_progress(message)
+                    if isinstance(message, LoadFailed):
+                        raise message.error
+                    if isinstance(message, kind):
+                        self._unread = messages[index + 1 :]
+                        return message
+                    on_progress(message)
         except WireError as error:
             log.error("engine process not understood", error=str(error))
         raise StageFailedError(f"{self._describe_end()} while it loaded the model")

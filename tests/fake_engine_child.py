@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeserve import engine_child
+from pipeserve.core.layout import LayoutForecast, LayoutSurvey
 from pipeserve.core.loading import StageProgress
 from pipeserve.engine.engine import Engine
-from pipeserve.engine.messages import EngineFailed, Load, Loaded
+from pipeserve.engine.messages import EngineFailed, Load, Loaded, SurveyLayouts
 from pipeserve.engine.wire import Wire
 from pipeserve.errors import UnsupportedModelError
 from tests.fakes import FakePipeline, facts
@@ -63,11 +64,20 @@ class FakeHalf:
         self._pipeline.close(timeout_s)
 
 
+def survey(order: SurveyLayouts) -> LayoutSurvey:
+    """Two devices that do more apart than together."""
+    forecasts = (
+        LayoutForecast(num_replicas=1, output_tokens_per_s=1000.0),
+        LayoutForecast(num_replicas=2, output_tokens_per_s=1200.0),
+    )
+    return LayoutSurvey(devices=("cuda:0", "cuda:1"), forecasts=forecasts)
+
+
 first, later, marker = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 mode = later if marker.exists() else first
 marker.touch()
 module = types.ModuleType("pipeserve.engine_half")
-module.EngineHalf = FakeHalf  # type: ignore[attr-defined]
+module.EngineHalf, module.survey = FakeHalf, survey  # type: ignore[attr-defined]
 sys.modules[module.__name__] = module
 if mode == "at-once":
     wire = Wire(socket.socket(fileno=int(sys.argv[-1])))

@@ -40,6 +40,21 @@ def test_the_command_line_goes_before_the_environment_before_the_file(tmp_path: 
         ("devices = ['cpu', 'auto']", r"devices = .*'auto' is none of"),
         ("kv_cache_bytes = '4 bananas'", r"kv_cache_bytes = '4 bananas'"),
         ("devices = ['cpu', 'cpu']\nlayer_split = [30]", r"layer_split has 1 parts but devices"),
+        (
+            "devices = ['cpu', 'cpu']\nreplicas = 2\nlayer_split = [10, 20]",
+            r"layer_split has 2 parts but each of 2 replicas has 1 stages",
+        ),
+        ("devices = ['cpu', 'cpu']\nreplicas = 3", r"replicas is 3, which does not divide the 2"),
+        ("devices = ['cpu', 'cpu']\nstages = 3", r"stages is 3, which does not divide the 2"),
+        (
+            "devices = ['cpu', 'cpu']\nreplicas = 2\nstages = 2",
+            r"replicas = 2 times stages = 2 is 4, but there are 2 devices",
+        ),
+        (
+            "devices = ['cpu', 'cpu']\nlayout = 'pipeline'\nstages = 1",
+            r"layout is 'pipeline', .* ask for 2 replicas; leave layout out",
+        ),
+        ("layout = 'ring'", r"layout = 'ring': .*'auto', 'pipeline' or 'replicas'"),
         ("weights = 'q4'", r"weights = 'q4': .*'quantised', 'bf16' or 'fp8'"),
         ("weights = 'fp8'\nactivations = 'int8'", r"activations is 'int8' and weights 'fp8'"),
         ("port = ", r"config.toml is not valid TOML"),

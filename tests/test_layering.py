@@ -20,11 +20,12 @@ ROOT = Path(pipeserve.__file__).parent
 
 BELOW_DAEMON = {
     "errors", "kernels", "config", "log", "notify", "core", "gguf", "hub", "text", "engine",
-    "models", "runtime", "server", "bench", "toolchain", "progress",
+    "models", "runtime", "server", "bench", "toolchain", "progress", "planning",
 }  # fmt: skip
 
 HALVES = {
-    "engine_half", "engine_process", "engine_host", "restarts", "served_model",
+    "engine_half", "engine_process", "engine_host", "restarts", "served_model", "layout",
+    "replicated_engine",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -44,13 +45,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"models", "kernels", "gguf", "core", "config", "errors"},
     "server": {"engine", "text", "core", "config", "errors"},
     "bench": BELOW_DAEMON,
+    "planning": {"runtime", "models", "gguf", "hub", "config", "toolchain"},
     "toolchain": {"errors"},
     "restarts": set(),
     "served_model": {"config", "gguf", "hub", "text", "server"},
-    "engine_half": {"engine", "runtime", "gguf", "core", "config", "toolchain"},
+    "layout": {"config", "core", "errors"},
+    "engine_half": {"engine", "runtime", "gguf", "core", "config", "toolchain", "layout"},
     "engine_child": {"engine_half", "engine", "log", "errors", "toolchain"},
     "engine_process": {"engine", "core", "errors"},
     "engine_host": {"engine_half", "engine_process", "engine", "core", "config", "toolchain"},
+    "replicated_engine": {"engine_host", "engine", "restarts", "core", "errors"},
     "daemon": BELOW_DAEMON | HALVES,
     "cli": BELOW_DAEMON | {"daemon"},
     "__main__": {"cli"},
@@ -61,11 +65,11 @@ TORCH = frozenset({"torch", "triton"})
 EVENT_LOOP = frozenset({"asyncio", "aiohttp"})
 WALLS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("server", "engine", "config", "errors", "cli", "log", "notify", "hub"), TORCH),
-    **dict.fromkeys(("daemon", "served_model", "engine_host"), TORCH),
+    **dict.fromkeys(("daemon", "served_model", "engine_host", "replicated_engine"), TORCH),
     **dict.fromkeys(
-        ("engine_process", "engine_child", "toolchain", "restarts"), TORCH | EVENT_LOOP
+        ("engine_process", "engine_child", "toolchain", "restarts", "layout"), TORCH | EVENT_LOOP
     ),
-    **dict.fromkeys(("runtime", "models", "kernels", "engine_half"), EVENT_LOOP),
+    **dict.fromkeys(("runtime", "models", "kernels", "engine_half", "planning"), EVENT_LOOP),
     **dict.fromkeys(("core", "text", "gguf"), TORCH | EVENT_LOOP),
 }
 """Room -> libraries that it must not import. gguf, hub and log stay clear of torch because

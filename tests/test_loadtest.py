@@ -23,6 +23,7 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bodies: list[dict[str, object]] = []
         self.num_scrapes = 0
+        self.stage_labels = ('stage="0"', 'stage="1"')
         self.failing = ""
         """"": none fails; "refuse": status 429; "break": an error in mid-stream."""
 
@@ -40,7 +41,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.num_scrapes += 1
         name = "pipeserve:stage_busy_seconds_total"
         busy_s = self.server.num_scrapes * 0.5
-        self._send(200, f'# TYPE x y\n{name}{{stage="0"}} 1.0\n{name}{{stage="1"}} {busy_s}\n')
+        first, second = self.server.stage_labels
+        self._send(200, f"# TYPE x y\n{name}{{{first}}} 1.0\n{name}{{{second}}} {busy_s}\n")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -93,6 +95,13 @@ def streams(server: ScriptedServer, *options: str) -> subprocess.CompletedProces
         text=True,
         check=False,
     )
+
+
+def test_streams_tells_stages_of_replicas_apart(server: ScriptedServer) -> None:
+    server.stage_labels = ('replica="0",stage="0"', 'replica="1",stage="0"')
+    done = streams(server, "--streams=1", "--requests=1", "--max-tokens=5", "--json")
+    report = json.loads(done.stdout)
+    assert report["stage_busy_shares"] == [0.0, pytest.approx(0.5 / report["wall_s"])]
 
 
 def test_streams_counts_what_was_sent(server: ScriptedServer) -> None:

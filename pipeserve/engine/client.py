@@ -19,11 +19,13 @@ from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.messages import (
     Abort,
     EngineFailed,
-    EngineMessage,
     Finish,
     FinishReason,
     FrontMessage,
     GetStats,
+    ReplicasChanged,
+    RouterMessage,
+    SequencesFailed,
     Shutdown,
     StatsReply,
     Submit,
@@ -152,6 +154,7 @@ class EngineClient:
         self._replies: dict[int, asyncio.Future[EngineStats]] = {}
         self._end_times: deque[float] = deque(maxlen=RATE_WINDOW)
         self._failure: EngineError | None = None
+        self._degradation: str | None = None
         self._is_shut_down = False
         self._failed: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
 
@@ -169,6 +172,11 @@ class EngineClient:
     def failure(self) -> EngineError | None:
         """Why the engine is dead; None while it lives."""
         return self._failure
+
+    @property
+    def degradation(self) -> str | None:
+        """Which replicas are missing and why; None while all take sequences."""
+        return self._degradation
 
     async def wait_failed(self) -> EngineError:
         """Wait until the engine dies, and say why."""
@@ -272,12 +280,12 @@ class EngineClient:
             if not reply.done():
                 reply.set_exception(failure)
 
-    def deliver_all(self, messages: Sequence[EngineMessage]) -> None:
+    def deliver_all(self, messages: Sequence[RouterMessage]) -> None:
         """Hand messages that came together to whoever waits for them."""
         for message in messages:
             self.deliver(message)
 
-    def deliver(self, message: EngineMessage) -> None:
+    def deliver(self, message: RouterMessage) -> None:
         """Hand a message from the engine to whoever waits for it."""
         match message:
             case TokenEvents():
@@ -288,6 +296,10 @@ class EngineClient:
                     reply.set_result(message.stats)
             case EngineFailed():
                 self._deliver_failure(message)
+            case SequencesFailed():
+                self._deliver_losses(message)
+            case ReplicasChanged():
+                self._degradation = message.degradation
 
     def _deliver_tokens(self, events: TokenEvents) -> None:
         for seq_id, token_id, finish_reason, logprobs in zip(
@@ -302,11 +314,22 @@ class EngineClient:
                 GeneratedToken(token_id=token_id, finish_reason=finish_reason, logprobs=logprobs)
             )
 
+    def _deliver_losses(self, message: SequencesFailed) -> None:
+        failure = _as_error(message.cause)
+        for seq_id in message.seq_ids:
+            generation = self._generations.pop(seq_id, None)
+            if generation is not None:
+                generation.fail(failure)
+
     def _deliver_failure(self, message: EngineFailed) -> None:
         if self._failure is not None or self._is_shut_down:
             return  # an engine process that says why it fails then ends, which is no second failure
-        kind = StageStalledError if message.stalled else StageFailedError
-        self._failure = kind(message.error)
+        self._failure = _as_error(message)
         self._fail_all(self._failure)
         if not self._failed.done():
             self._failed.set_result(self._failure)
+
+
+def _as_error(message: EngineFailed) -> EngineError:
+    kind = StageStalledError if message.stalled else StageFailedError
+    return kind(message.error)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import LoadEvent
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.stats import EngineStats
@@ -103,8 +104,25 @@ class EngineFailed:
     """True where a stage blocks and its thread may never return."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencesFailed:
+    """Router to front: the replica of these sequences is gone; others go on."""
+
+    seq_ids: tuple[int, ...]
+    cause: EngineFailed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicasChanged:
+    """Router to front: which replicas are missing."""
+
+    degradation: str | None
+    """How many and why, for people; None where all take sequences."""
+
+
 FrontMessage = Submit | Finish | Abort | GetStats | Shutdown
 EngineMessage = TokenEvents | StatsReply | EngineFailed
+RouterMessage = EngineMessage | SequencesFailed | ReplicasChanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +134,21 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyLayouts:
+    """Front to an engine process, its only word: which devices are there, and what may they do?"""
+
+    config: Config
+    model_path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surveyed:
+    """Engine process to front, its last word: the answer to SurveyLayouts."""
+
+    survey: LayoutSurvey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """Engine process to front: the engine runs and takes messages."""
 
@@ -124,10 +157,10 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFailed:
-    """Engine process to front, its last word: the model cannot be served."""
+    """Engine process to front, its last word: the model cannot be served, or not surveyed."""
 
     error: PipeserveError
 
 
-StartMessage = LoadEvent | Loaded | LoadFailed
+StartMessage = LoadEvent | Loaded | LoadFailed | Surveyed
 """Engine process to front until the engine runs."""

@@ -61,13 +61,13 @@ async def get_model(request: web.Request) -> web.Response:
 async def health(request: web.Request) -> web.Response:
     """GET /health: 200 when requests are taken, else 503 with the reason."""
     readiness = request.app[STATE].readiness
-    is_ready = readiness.phase is Phase.READY
+    statuses = {Phase.READY: "ok", Phase.DEGRADED: "degraded"}
     body = {
-        "status": "ok" if is_ready else "unavailable",
+        "status": statuses.get(readiness.phase, "unavailable"),
         "reason": readiness.phase.value,
         "detail": readiness.detail,
     }
-    return web.json_response(body, status=200 if is_ready else 503)
+    return web.json_response(body, status=200 if readiness.takes_requests else 503)
 
 
 async def metrics(request: web.Request) -> web.Response:

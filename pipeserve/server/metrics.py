@@ -120,9 +120,21 @@ def _engine_families(stats: EngineStats) -> Iterator[Metric]:
         yield GaugeMetricFamily(f"pipeserve:{name}", title, value=value)
     for name, title, count in counters:
         yield CounterMetricFamily(f"pipeserve:{name}", title, value=count)
+    yield _busy_family(stats)
+    if stats.num_replicas > 1:
+        yield GaugeMetricFamily(
+            "pipeserve:num_replicas_running",
+            "Replicas that take sequences.",
+            value=stats.num_live_replicas,
+        )
+
+
+def _busy_family(stats: EngineStats) -> Metric:
+    labels = ["replica", "stage"] if stats.num_replicas > 1 else ["stage"]
     busy = CounterMetricFamily(
-        "pipeserve:stage_busy_seconds", "Seconds that a stage worked.", labels=["stage"]
+        "pipeserve:stage_busy_seconds", "Seconds that a stage worked.", labels=labels
     )
-    for stage, busy_s in enumerate(stats.stage_busy_s):
-        busy.add_metric([str(stage)], busy_s)
-    yield busy
+    for index, busy_s in enumerate(stats.stage_busy_s):
+        replica_and_stage = divmod(index, stats.stages_per_replica)
+        busy.add_metric([str(each) for each in replica_and_stage][-len(labels) :], busy_s)
+    return busy

@@ -55,6 +55,7 @@ class Phase(enum.Enum):
 
     LOADING = "loading"
     READY = "ready"
+    DEGRADED = "degraded"
     RESTARTING = "restarting"
     DRAINING = "draining"
     FAILED = "failed"
@@ -66,6 +67,10 @@ class Readiness:
 
     phase: Phase
     detail: str
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.phase in (Phase.READY, Phase.DEGRADED)
 
 
 class AppState:
@@ -97,11 +102,16 @@ class AppState:
 
     @property
     def readiness(self) -> Readiness:
-        """An engine that died counts as failed until the daemon restarts it."""
-        is_restarting = self._readiness.phase is Phase.RESTARTING
-        failure = self._services.engine.failure if self._services is not None else None
-        if failure is not None and not is_restarting:
-            return Readiness(phase=Phase.FAILED, detail=str(failure))
+        """An engine that died counts as failed until the daemon restarts it, one that misses a
+        replica as degraded."""
+        phase = self._readiness.phase
+        if self._services is None or phase is Phase.RESTARTING:
+            return self._readiness
+        engine = self._services.engine
+        if engine.failure is not None:
+            return Readiness(phase=Phase.FAILED, detail=str(engine.failure))
+        if engine.degradation is not None and phase is Phase.READY:
+            return Readiness(phase=Phase.DEGRADED, detail=engine.degradation)
         return self._readiness
 
     @property
@@ -122,7 +132,7 @@ class AppState:
             NotReadyError: loading, restarting, draining or failed.
         """
         readiness = self.readiness
-        if readiness.phase is not Phase.READY or self._services is None:
+        if not readiness.takes_requests or self._services is None:
             raise NotReadyError(f"{readiness.phase.value}: {readiness.detail}")
         self._num_requests += 1
         self._idle.clear()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeserve.config import Config
-from pipeserve.core import batch, loading
+from pipeserve.core import batch, layout, loading
 from pipeserve.core.batch import (
     MicroBatch,
     RowStart,
@@ -21,7 +21,8 @@ from pipeserve.core.batch import (
     StepLogprobs,
     StepOutput,
 )
-from pipeserve.core.loading import LoadNotice, StageProgress
+from pipeserve.core.layout import LayoutForecast, LayoutSurvey
+from pipeserve.core.loading import LoadNotice, LoadReport, StageProgress
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine import messages
 from pipeserve.engine.messages import (
@@ -33,9 +34,13 @@ from pipeserve.engine.messages import (
     Load,
     Loaded,
     LoadFailed,
+    ReplicasChanged,
+    SequencesFailed,
     Shutdown,
     StatsReply,
     Submit,
+    Surveyed,
+    SurveyLayouts,
     TokenEvents,
     TokenLogprobs,
 )
@@ -46,6 +51,8 @@ from tests.fakes import facts
 SAMPLING = SamplingParams(
     max_tokens=5, seed=2**63 - 1, logit_bias=((3, -100.0),), num_logprobs=2, stop_token_ids=(0, 2)
 )
+FORECAST = LayoutForecast(num_replicas=2, output_tokens_per_s=None)
+SURVEY = LayoutSurvey(devices=("cuda:0", "cuda:1"), forecasts=(FORECAST,))
 IDS = np.array([1, 2, 3], np.int32)
 LOGPROBS = StepLogprobs(
     token_S=np.array([-0.5], np.float32),
@@ -84,9 +91,16 @@ EXAMPLES: tuple[Any, ...] = (
         ),
     ),
     EngineFailed(error="stage 1 failed", stalled=True),
+    SequencesFailed(seq_ids=(1, 2), cause=EngineFailed(error="killed", stalled=False)),
+    ReplicasChanged(degradation="1 of 2 replicas takes requests"),
+    SurveyLayouts(config=Config(layout="replicas"), model_path=Path("/a/b.gguf")),
+    FORECAST,
+    SURVEY,
+    Surveyed(survey=SURVEY),
     Load(config=Config(devices=("cpu",), processes="two"), model_path=Path("/a/b.gguf")),
     StageProgress(stage=0, num_stages=2, num_read=1, num_bytes=3),
     LoadNotice(text="IQ1_S becomes bf16"),
+    LoadReport(text="63 CUDA graphs"),
     Loaded(facts=facts()),
     LoadFailed(error=UnsupportedModelError("b.gguf", "no such architecture")),
     facts(),
@@ -139,10 +153,10 @@ def test_survives_pickle(message: Any) -> None:
 def test_every_message_has_an_example() -> None:
     defined = {
         kind
-        for module in (messages, batch, loading)
+        for module in (messages, batch, loading, layout)
         for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
     }
     nested = {SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
     assert {type(message) for message in EXAMPLES} == defined - nested
-    unions = (messages.FrontMessage, messages.EngineMessage, messages.StartMessage)
+    unions = (messages.FrontMessage, messages.RouterMessage, messages.StartMessage)
     assert {kind for union in unions for kind in get_args(union)} <= defined

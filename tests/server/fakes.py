@@ -80,6 +80,8 @@ class ScriptedEngine:
     def __init__(self, *, context_length: int = 512, max_queued: int = 4) -> None:
         self.answer: Answer = text_answer("Hello, world")
         self.answers_stats = True
+        self.stats: EngineStats | None = None
+        """Its answer, if not the usual."""
         self.submitted: list[Submit] = []
         self.finished: list[int] = []
         self.aborted: list[int] = []
@@ -131,7 +133,9 @@ class ScriptedEngine:
                 self._running.pop(seq_id).cancel()
             case GetStats(reply_id=reply_id):
                 if self.answers_stats:
-                    self.client.deliver(StatsReply(reply_id=reply_id, stats=self._stats()))
+                    self.client.deliver(
+                        StatsReply(reply_id=reply_id, stats=self.stats or self._stats())
+                    )
             case Shutdown():
                 self._stop_all()
             case _:

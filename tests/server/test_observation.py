@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
+from pipeserve.engine.stats import EngineStats, total_stats
 from pipeserve.server import handlers
 from tests.server.conftest import Server
 from tests.server.fakes import text_answer
@@ -89,6 +91,21 @@ async def test_metrics_of_the_engine(server: Server) -> None:
     assert metrics["pipeserve:generation_tokens_total"] == 50
     assert metrics["pipeserve:stage_busy_seconds_total stage=0"] == 1.5
     assert metrics["pipeserve:stage_busy_seconds_total stage=1"] == 2.5
+
+
+async def test_metrics_of_replicas_name_each_one_of_their_stages(server: Server) -> None:
+    stats = EngineStats.of_nothing(2)
+    stats = dataclasses.replace(stats, num_blocks=1, stage_busy_s=(1.0, 2.0), num_live_replicas=1)
+    gone = dataclasses.replace(stats, stage_busy_s=(3.0, 4.0), num_live_replicas=0)
+    server.engine.stats = total_stats([stats, gone])
+    metrics = await _metrics(server)
+    busy_s = [
+        metrics[f"pipeserve:stage_busy_seconds_total replica={replica} stage={stage}"]
+        for replica in range(2)
+        for stage in range(2)
+    ]
+    assert busy_s == [1.0, 2.0, 3.0, 4.0]
+    assert metrics["pipeserve:num_replicas_running"] == 1
 
 
 async def test_metrics_outlive_an_engine_that_is_stuck_or_dead(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
+from pipeserve.engine.messages import EngineFailed, ReplicasChanged, SequencesFailed
 from tests.server.conftest import Server
 from tests.server.fakes import ScriptedEngine, text_answer
 
@@ -81,6 +82,38 @@ async def test_an_engine_that_is_started_again_takes_requests_again(server: Serv
     assert (await server.post("/v1/completions", BODY))[0] == 200
     assert len(engine.submitted) == 1
     engine.client.shut_down()
+
+
+async def test_an_engine_that_misses_a_replica_is_degraded_and_takes_requests(
+    server: Server,
+) -> None:
+    reason = "1 of 2 replicas take requests: replica 0 is gone (killed by SIGKILL)"
+    server.engine.client.deliver(ReplicasChanged(degradation=reason))
+    async with server.http.get(f"{server.url}/health") as response:
+        assert response.status == 200
+        assert await response.json() == {
+            "status": "degraded",
+            "reason": "degraded",
+            "detail": reason,
+        }
+    assert (await server.post("/v1/completions", BODY))[0] == 200
+    server.engine.client.deliver(ReplicasChanged(degradation=None))
+    assert await _health(server) == (200, "ready")
+
+
+async def test_a_failed_replica_fails_its_own_requests(server: Server) -> None:
+    server.engine.answer = text_answer("", ends=False)
+    running = [asyncio.create_task(server.post("/v1/completions", BODY)) for _ in range(2)]
+    await server.engine.until(lambda: len(server.engine.submitted) == 2)
+    cause = EngineFailed(error="replica 0: killed by SIGKILL", stalled=False)
+    server.engine.client.deliver(SequencesFailed(seq_ids=(0,), cause=cause))
+    server.engine.send(1, ord("a"), is_last=True)
+    (status, answer), (other_status, _) = sorted(
+        await asyncio.gather(*running), key=lambda each: -each[0]
+    )
+    assert (status, other_status) == (500, 200)
+    assert "replica 0: killed by SIGKILL" in str(answer)
+    assert server.engine.aborted == []
 
 
 async def test_a_restart_does_not_undo_a_stop(server: Server) -> None:
