@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeserve.bench.ceilings import Ceilings, measure_ceilings
-from pipeserve.kernels import fused, sampling
+from pipeserve.kernels import fused, rotary, sampling
 from pipeserve.kernels.attention_decode import paged_attention_decode
 from pipeserve.kernels.attention_prefill import paged_attention_prefill
 from pipeserve.kernels.sampling_logprobs import log_probs
@@ -165,7 +165,7 @@ def bench_fused(num_tokens: int) -> None:
         ]
 
     def turn(index: int, layer: Layer) -> Tensor:
-        return fused.rotary_and_cache(
+        return rotary.rotary_and_cache(
             qkv[index],
             cos_TR,
             sin_TR,

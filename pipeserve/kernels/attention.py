@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeserve.kernels import reference, reference_attention
+from pipeserve.kernels.quant_reference import LinearInput
 
 
 class RotaryAndCache(Protocol):
@@ -33,7 +34,8 @@ class RotaryAndCache(Protocol):
 
 
 class PagedAttentionDecode(Protocol):
-    """reference.paged_attention_decode, with the options of reference_attention."""
+    """reference.paged_attention_decode, with the options of reference_attention; the heads of a
+    row side by side, as the output projection takes them: [S, N * H]."""
 
     def __call__(
         self,
@@ -50,11 +52,11 @@ class PagedAttentionDecode(Protocol):
         window: int | None = None,
         soft_cap: float | None = None,
         sinks_N: Tensor | None = None,
-    ) -> Tensor: ...
+    ) -> LinearInput: ...
 
 
 class PagedAttentionPrefill(Protocol):
-    """reference.paged_attention_prefill, with the options of reference_attention."""
+    """reference.paged_attention_prefill, likewise: [T, N * H]."""
 
     def __call__(
         self,
@@ -110,8 +112,8 @@ def paged_attention_decode(
     """The plain twin for the options given."""
     plain = (q_SNH, k_cache_BPKH, v_cache_BPKH, block_table_SB, lengths_S, scale)
     if _are_unset(k_scale_BKP, v_scale_BKP, window, soft_cap, sinks_N):
-        return reference.paged_attention_decode(*plain)
-    return reference_attention.paged_attention_decode(
+        return reference.paged_attention_decode(*plain).flatten(1)
+    out_SNH = reference_attention.paged_attention_decode(
         *plain,
         k_scale_BKP=k_scale_BKP,
         v_scale_BKP=v_scale_BKP,
@@ -119,6 +121,7 @@ def paged_attention_decode(
         soft_cap=soft_cap,
         sinks_N=sinks_N,
     )
+    return out_SNH.flatten(1)
 
 
 def paged_attention_prefill(
@@ -140,8 +143,8 @@ def paged_attention_prefill(
     caches = (k_cache_BPKH, v_cache_BPKH, block_table_SB)
     plain = (q_TNH, *caches, first_positions_S, num_tokens_S, scale)
     if _are_unset(k_scale_BKP, v_scale_BKP, window, soft_cap, sinks_N):
-        return reference.paged_attention_prefill(*plain)
-    return reference_attention.paged_attention_prefill(
+        return reference.paged_attention_prefill(*plain).flatten(1)
+    out_TNH = reference_attention.paged_attention_prefill(
         *plain,
         k_scale_BKP=k_scale_BKP,
         v_scale_BKP=v_scale_BKP,
@@ -149,6 +152,7 @@ def paged_attention_prefill(
         soft_cap=soft_cap,
         sinks_N=sinks_N,
     )
+    return out_TNH.flatten(1)
 
 
 def _are_unset(*options: Tensor | float | None) -> bool:

@@ -28,6 +28,14 @@ from pipeserve.kernels.attention_tile import (
     check_cache,
     has_ptx_assembly,
 )
+from pipeserve.kernels.dependent_launch import (
+    launch_options,
+    start_next_kernel,
+    wait_for_inputs,
+)
+from pipeserve.kernels.quant_layout import UNIT
+from pipeserve.kernels.quant_reference import ACTIVATION_GROUP, QuantisedRows
+from pipeserve.kernels.rounded_rows import store_rounded
 
 _WANTED_PROGRAMS = 1024
 _MAX_SEGMENTS = 32
@@ -88,8 +96,11 @@ def decode_segments_kernel(
     IS_INT8: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """partial [S, N, G, H] and lse [S, N, G] float32; segments past the length stay unwritten."""
+    start_next_kernel(PDL)
+    wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -134,6 +145,9 @@ def decode_merge_kernel(
     sinks_ptr,
     lengths_ptr,
     out_ptr,
+    codes_ptr,
+    scales_ptr,
+    sums_ptr,
     window,
     min_tiles,
     num_heads,
@@ -144,8 +158,11 @@ def decode_merge_kernel(
     TILE: tl.constexpr,
     NUM_SEGMENTS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Weigh the segments of one query head; 0 where the sequence has no length."""
+    start_next_kernel(PDL)
+    wait_for_inputs(PDL)
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + seq).to(tl.int32)
@@ -169,7 +186,14 @@ def decode_merge_kernel(
     partial_GH = tl.load(partial_ptr_GH, is_partial_GH, other=0.0)
     out_H = tl.sum(partial_GH * weight_G[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     out_ptr_H = out_ptr + seq * out_stride_seq + head * out_stride_head + dims_H
-    tl.store(out_ptr_H, out_H.to(out_ptr.dtype.element_ty), dims_H < HEAD_DIM)
+    out_H = out_H.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr_H, out_H, dims_H < HEAD_DIM)
+    if codes_ptr is not None:
+        first_column = (seq * num_heads + head) * HEAD_DIM
+        store_rounded(
+            out_H.to(tl.float32), codes_ptr + first_column, scales_ptr + first_column // 32,
+            sums_ptr + first_column // 16, 0, HEAD_DIM // 32, BLOCK_H // 32,
+        )  # fmt: skip
 
 
 def decode_config(
@@ -207,6 +231,7 @@ def paged_attention_decode(
     soft_cap: float | None = None,
     sinks_N: Tensor | None = None,
     out_SNH: Tensor | None = None,
+    rounded: QuantisedRows | None = None,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Attention of one query per sequence over its first lengths_S cache positions -> [S, N, H].
@@ -214,7 +239,7 @@ def paged_attention_decode(
     A row of length 0 gets zeros. Entries of block_table_SB past a row's length are not read.
     `window`: only the last so many positions. `soft_cap`: scores become cap * tanh(score / cap).
     sinks_N: a logit per head that takes part in the softmax and has no value. int8 caches need
-    both scales.
+    both scales. To `rounded` go the bytes of the output [S, N * H], where rounds_output(N, H).
     """
     num_seqs, num_heads, head_dim = q_SNH.shape
     page, num_kv_heads = k_cache_BPKH.shape[1:3]
@@ -225,6 +250,7 @@ def paged_attention_decode(
         else out_SNH
     )
     assert out_SNH.stride(2) == 1, "the head dim of the output is contiguous"
+    assert rounded is None or rounds_output(num_heads, head_dim), "no group of two heads"
     if num_seqs == 0:
         return out_SNH
     config = config or decode_config(num_seqs, num_kv_heads, head_dim, kv=k_cache_BPKH.dtype)
@@ -265,6 +291,7 @@ def paged_attention_decode(
         ASM=has_ptx_assembly(q_SNH.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch_options(q_SNH.device),
     )
     decode_merge_kernel[(num_heads, num_seqs)](
         partial_SNGH,
@@ -272,6 +299,7 @@ def paged_attention_decode(
         lse_SNG if sinks_N is None else sinks_N,
         lengths_S,
         out_SNH,
+        *((None, None, None) if rounded is None else rounded.tensors),
         window or NO_WINDOW,
         config.min_tiles,
         num_heads,
@@ -283,8 +311,14 @@ def paged_attention_decode(
         NUM_SEGMENTS=config.num_segments,
         HAS_SINKS=sinks_N is not None,
         num_warps=2,
+        **launch_options(q_SNH.device),
     )
     return out_SNH
+
+
+def rounds_output(num_heads: int, head_dim: int) -> bool:
+    """Whether bytes can be written head by head: groups of 32 within heads, rows of whole units."""
+    return head_dim % ACTIVATION_GROUP == 0 and num_heads * head_dim % UNIT == 0
 
 
 def _aot_case(name: str, *, kv: str, head_dim: int, group: int, tile: int) -> AotCase:
@@ -316,7 +350,35 @@ def _aot_case(name: str, *, kv: str, head_dim: int, group: int, tile: int) -> Ao
             "IS_INT8": kv == "i8",
             "HAS_SOFT_CAP": head_dim == 256,
             "ASM": True,
+            "PDL": True,
         },
+    )
+
+
+def _merge_case(name: str, *, out: str, rounded: dict[str, str], has_sinks: bool) -> AotCase:
+    absent = dict.fromkeys({"codes_ptr", "scales_ptr", "sums_ptr"} - set(rounded))
+    return AotCase(
+        name=name,
+        kernel=decode_merge_kernel,
+        signature={
+            "partial_ptr": "*fp32",
+            "lse_ptr": "*fp32",
+            "sinks_ptr": "*fp32",
+            "lengths_ptr": "*i64",
+            "out_ptr": f"*{out}",
+            **rounded,
+            **dict.fromkeys(_MERGE_INTEGERS, "i32"),
+        },
+        constexprs={
+            "HEAD_DIM": 128,
+            "BLOCK_H": 128,
+            "TILE": 64,
+            "NUM_SEGMENTS": 16,
+            "HAS_SINKS": has_sinks,
+            "PDL": True,
+            **absent,
+        },
+        num_warps=2,
     )
 
 
@@ -331,33 +393,17 @@ _SEGMENT_INTEGERS = (
     "stride_head",
     "table_stride",
 )
+_MERGE_INTEGERS = ("window", "min_tiles", "num_heads", "out_stride_seq", "out_stride_head")
 AOT_CASES = (
     _aot_case("f16_128", kv="fp16", head_dim=128, group=4, tile=64),
     _aot_case("bf16_256", kv="bf16", head_dim=256, group=4, tile=32),
     _aot_case("int8_128", kv="i8", head_dim=128, group=4, tile=64),
     _aot_case("f16_80", kv="fp16", head_dim=80, group=7, tile=64),
-    AotCase(
-        name="decode_merge",
-        kernel=decode_merge_kernel,
-        signature={
-            "partial_ptr": "*fp32",
-            "lse_ptr": "*fp32",
-            "sinks_ptr": "*fp32",
-            "lengths_ptr": "*i32",
-            "out_ptr": "*bf16",
-            "window": "i32",
-            "min_tiles": "i32",
-            "num_heads": "i32",
-            "out_stride_seq": "i32",
-            "out_stride_head": "i32",
-        },
-        constexprs={
-            "HEAD_DIM": 128,
-            "BLOCK_H": 128,
-            "TILE": 64,
-            "NUM_SEGMENTS": 16,
-            "HAS_SINKS": True,
-        },
-        num_warps=2,
+    _merge_case("decode_merge", out="bf16", rounded={}, has_sinks=True),
+    _merge_case(
+        "decode_merge_rounded",
+        out="fp16",
+        rounded={"codes_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i16"},
+        has_sinks=False,
     ),
 )

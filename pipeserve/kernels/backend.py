@@ -5,7 +5,7 @@ Triton is imported only where a GPU asks for it: a CPU-only installation comes w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from pipeserve.kernels.attention import (
 )
 from pipeserve.kernels.fp8_reference import Fp8Weight
 from pipeserve.kernels.quant_layout import PlanarWeight
+from pipeserve.kernels.quant_reference import LinearInput, values_of
 
 WeightForm = Literal["planar", "dense", "fp8"]
 """How matrices are held: in the planar layout of their own type where it has one, as plain numbers
@@ -29,32 +30,47 @@ of the backend's type, or as Fp8Weight."""
 Weights = Literal["quantised", "bf16", "fp8"]
 Activations = Literal["auto", "f16", "int8"]
 
+BiasedWeight = tuple[PlanarWeight, Tensor | None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """Each function as its twin in reference.py or quant_reference.py describes it."""
+    """Each function as its twin in reference.py or quant_reference.py describes it.
+
+    What a product takes next comes as a LinearInput: with the bytes beside the floats where the
+    backend multiplies so few rows as bytes.
+    """
 
     dtype: torch.dtype
     """Of activations between kernels, and of the KV cache unless it is int8; the residual stream is
     float32."""
     weight_form: WeightForm
     """Of matrices, as far as their types and the model allow."""
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    swiglu: Callable[[Tensor], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], LinearInput]
+    """Of the float32 residual stream, in dtype."""
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[LinearInput, Tensor]]
+    swiglu: Callable[[Tensor], LinearInput]
+    decode_places: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    rotary_angles: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary_and_cache: RotaryAndCache
     paged_attention_decode: PagedAttentionDecode
     paged_attention_prefill: PagedAttentionPrefill
     dequantise: Callable[[PlanarWeight], Tensor]
     """A planar matrix [N, K] in dtype."""
-    quant_linear: Callable[[Tensor, PlanarWeight, Tensor | None], Tensor]
+    quant_linear: Callable[[LinearInput, PlanarWeight, Tensor | None], Tensor]
     """x W^T + b for a planar matrix: [T, K] -> [T, N]."""
+    stacked_quant_linear: Callable[[LinearInput, Sequence[BiasedWeight]], Tensor]
+    """The same for matrices of several types, outputs side by side."""
     fp8_linear: Callable[[Tensor, Fp8Weight, Tensor | None], Tensor]
     """The same for a matrix in e4m3."""
 
 
-def _reference_quant_linear(x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None) -> Tensor:
-    return functional.linear(x_TK, quant_reference.dequantise(weight), bias_N)
+def _reference_quant_linear(x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None) -> Tensor:
+    return functional.linear(values_of(x), quant_reference.dequantise(weight), bias_N)
+
+
+def _reference_stacked_quant_linear(x: LinearInput, parts: Sequence[BiasedWeight]) -> Tensor:
+    return torch.cat([_reference_quant_linear(x, *part) for part in parts], dim=-1)
 
 
 REFERENCE = Backend(
@@ -63,11 +79,14 @@ REFERENCE = Backend(
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     swiglu=reference.swiglu,
+    decode_places=reference.decode_places,
+    rotary_angles=reference.rotary_angles,
     rotary_and_cache=attention.rotary_and_cache,
     paged_attention_decode=attention.paged_attention_decode,
     paged_attention_prefill=attention.paged_attention_prefill,
     dequantise=quant_reference.dequantise,
     quant_linear=_reference_quant_linear,
+    stacked_quant_linear=_reference_stacked_quant_linear,
     fp8_linear=fp8_reference.fp8_linear,
 )
 """Plain torch in float32: the CPU path."""

@@ -36,12 +36,14 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+def is_supported(device: torch.device) -> bool:
+    """Whether a launch may depend on the one before it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Keyword arguments for the launch of a kernel that has the constant PDL."""
-    has_it = (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
-    return {"PDL": True, "launch_pdl": True} if has_it else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if is_supported(device) else {"PDL": False}

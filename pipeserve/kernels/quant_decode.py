@@ -185,26 +185,36 @@ def _load(pointer, mask):
 
 
 @triton.jit
-def load_scales(scales, mins, supers, index, super_index, half, mask, SCALES: tl.constexpr):
-    """Scales and minima, float32, of the low and the high half of the blocks at index.
+def load_scale_words(scales, mins, supers, index, super_index, mask, SCALES: tl.constexpr):
+    """What scale_values takes of the blocks at index, as it lies. Where a mask is given and off,
+    all is 0."""
+    word = _load(scales + index, mask)
+    other = word
+    if SCALES == "half_min":
+        other = _load(mins + index, mask)
+    elif SCALES != "half" and SCALES != "power":
+        other = _load(supers + super_index, mask)
+    return word, other
+
+
+@triton.jit
+def scale_values(word, other, half, SCALES: tl.constexpr):
+    """Scales and minima, float32, of the low and the high half of blocks, from their words.
 
     half (0 or 1) says which 16 columns of each half, where groups are that small. Without minima
-    the last two are the first two. Where a mask is given and off, all are 0.
+    the last two are the first two.
     """
-    word = _load(scales + index, mask)
     if SCALES == "half" or SCALES == "half_min":
         first, second = _half_value(word), _half_value(word >> 16)
         first_min, second_min = first, second
         if SCALES == "half_min":
-            min_word = _load(mins + index, mask)
-            first_min, second_min = _half_value(min_word), _half_value(min_word >> 16)
+            first_min, second_min = _half_value(other), _half_value(other >> 16)
     elif SCALES == "power":
         first = _power_value(word.to(tl.int32) & 255)
         second = _power_value((word.to(tl.int32) >> 8) & 255)
         first_min, second_min = first, second
     else:
-        super_word = _load(supers + super_index, mask)
-        scale = _half_value(super_word)
+        scale = _half_value(other)
         if SCALES == "i8_pair":
             first = scale * ((word.to(tl.int32) << 24) >> 24).to(tl.float32)
             second = scale * ((word.to(tl.int32) << 16) >> 24).to(tl.float32)
@@ -214,17 +224,24 @@ def load_scales(scales, mins, supers, index, super_index, half, mask, SCALES: tl
             second = scale * ((word << (8 - 8 * half)) >> 24).to(tl.float32)
             first_min, second_min = first, second
         elif SCALES == "u8_min":
-            minimum = _half_value(super_word >> 16)
+            minimum = _half_value(other >> 16)
             first = scale * (word & 255).to(tl.float32)
             second = scale * ((word >> 8) & 255).to(tl.float32)
             first_min = minimum * ((word >> 16) & 255).to(tl.float32)
             second_min = minimum * ((word >> 24) & 255).to(tl.float32)
         else:
             tl.static_assert(SCALES == "nibble_min")
-            minimum = _half_value(super_word >> 16)
+            minimum = _half_value(other >> 16)
             word = word >> (8 * half)
             first = scale * (word & 15).to(tl.float32)
             second = scale * ((word >> 16) & 15).to(tl.float32)
             first_min = minimum * ((word >> 4) & 15).to(tl.float32)
             second_min = minimum * ((word >> 20) & 15).to(tl.float32)
     return first, second, first_min, second_min
+
+
+@triton.jit
+def load_scales(scales, mins, supers, index, super_index, half, mask, SCALES: tl.constexpr):
+    """scale_values of the blocks at index; where a mask is given and off, all are 0."""
+    word, other = load_scale_words(scales, mins, supers, index, super_index, mask, SCALES)
+    return scale_values(word, other, half, SCALES)

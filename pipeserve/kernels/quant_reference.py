@@ -30,6 +30,28 @@ class QuantisedRows:
     sums_TG: Tensor
     """int16 [T, K / 16]: sums of 16 codes, which offsets and minima multiply."""
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and sums, in the order in which kernels take them."""
+        return self.codes_TK, self.scales_TG, self.sums_TG
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedRows:
+    """Activations in both forms, of which a product takes the one it needs."""
+
+    values_TK: Tensor
+    rounded: QuantisedRows
+    """Of the values."""
+
+
+LinearInput = Tensor | RoundedRows
+
+
+def values_of(x: LinearInput) -> Tensor:
+    """The floats [T, K]."""
+    return x.values_TK if isinstance(x, RoundedRows) else x
+
 
 def quantise_rows(x_TK: Tensor) -> QuantisedRows:
     """The activation format of llama.cpp's q8_1, with sums of 16 instead of scaled sums of 32."""

@@ -26,7 +26,7 @@ _GROUPS = 32
 @triton.jit
 def round_rows_kernel(x, out, num_columns, x_stride, GROUPS: tl.constexpr):
     """One program: GROUPS times 32 columns of one token; scales and codes as
-    quant_gemv.quantise_rows_kernel makes them."""
+    rounded_rows.store_rounded makes them."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * 32 + tl.arange(0, 32)[None, :]

@@ -53,7 +53,8 @@ def has_ptx(device: torch.device) -> bool:
 
 @triton.jit
 def sum_parts_kernel(
-    parts, bias, out, num_values, num_rows, num_parts: tl.constexpr, BLOCK: tl.constexpr
+    parts, bias, out, num_values, num_rows, out_stride, num_parts: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < num_values
@@ -62,16 +63,24 @@ def sum_parts_kernel(
         total += tl.load(parts + part * num_values.to(tl.int64) + index, mask=mask, other=0)
     if bias is not None:
         total += tl.load(bias + index % num_rows, mask=mask, other=0).to(tl.float32)
+    index = index // num_rows * out_stride + index % num_rows
     tl.store(out + index, total.to(out.dtype.element_ty), mask=mask)
 
 
-def sum_parts(parts_PTN: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """float32 [P, T, N] -> [T, N] in out_dtype."""
+def sum_parts(
+    parts_PTN: Tensor,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    out_TN: Tensor | None = None,
+) -> Tensor:
+    """float32 [P, T, N] -> [T, N] in out_dtype, or in out_TN, whose rows may lie anywhere."""
     num_parts, num_tokens, num_rows = parts_PTN.shape
-    out_TN = torch.empty((num_tokens, num_rows), dtype=out_dtype, device=parts_PTN.device)
+    if out_TN is None:
+        out_TN = torch.empty((num_tokens, num_rows), dtype=out_dtype, device=parts_PTN.device)
     num_values = num_tokens * num_rows
     sum_parts_kernel[(triton.cdiv(num_values, _BLOCK),)](
-        parts_PTN, bias_N, out_TN, num_values, num_rows, num_parts, BLOCK=_BLOCK
+        parts_PTN, bias_N, out_TN, num_values, num_rows, out_TN.stride(0), num_parts, BLOCK=_BLOCK
     )
     return out_TN
 
@@ -82,7 +91,7 @@ AOT_CASES: tuple[AotCase, ...] = tuple(
         kernel=sum_parts_kernel,
         signature={
             "parts": "*fp32", "bias": f"*{out}", "out": f"*{out}", "num_values": "i32",
-            "num_rows": "i32",
+            "num_rows": "i32", "out_stride": "i32",
         },
         constexprs={"num_parts": 4, "BLOCK": _BLOCK},
     )

@@ -34,6 +34,34 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
     return functional.silu(gate_TF).mul_(up_TF)
 
 
+def decode_places(
+    table_RB: Tensor, rows_S: Tensor, positions_S: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of decode rows at these positions: slots_S in the cache, lengths_S with the token itself, and
+    their rows of the block table [S, B].
+
+    A filler, whose position is -1, has slot -1 and length 0.
+    """
+    table_SB = table_RB.index_select(0, rows_S)
+    seen_S = positions_S.clamp(min=0)
+    blocks_S = table_SB.gather(1, (seen_S // block_size).unsqueeze(1)).squeeze(1)
+    slots_S = blocks_S * block_size + seen_S % block_size
+    return torch.where(positions_S < 0, -1, slots_S), positions_S + 1, table_SB
+
+
+def rotary_angles(
+    positions_T: Tensor, frequencies_R: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """cos_TR and sin_TR as `rotary` takes them: halves repeated, the first half of sin negated.
+
+    frequencies_R: radians per position of each pair; scale multiplies cosines and sines.
+    """
+    angles_TR = torch.outer(positions_T.to(frequencies_R.dtype), frequencies_R.repeat(2))
+    cos_TR, sin_TR = angles_TR.cos().mul_(scale), angles_TR.sin().mul_(scale)
+    sin_TR[:, : frequencies_R.shape[0]].neg_()
+    return cos_TR, sin_TR
+
+
 def rotary(x_TMH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate the first R entries of every head by its token's angles (RoPE, arXiv 2104.09864).
 

@@ -13,8 +13,6 @@ Shapes: T tokens, K inputs padded to blocks of 64, G groups of 32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -31,23 +29,6 @@ from pipeserve.kernels.quant_reference import ACTIVATION_GROUP, QuantisedRows
 
 _GROUPS = 32
 """Of 32 columns, per program of quantise_rows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundedRows:
-    """Activations in both forms, of which a product takes the one it needs."""
-
-    values_TK: Tensor
-    rounded: QuantisedRows
-    """Of the values."""
-
-
-LinearInput = Tensor | RoundedRows
-
-
-def values_of(x: LinearInput) -> Tensor:
-    """The floats [T, K]."""
-    return x.values_TK if isinstance(x, RoundedRows) else x
 
 
 @triton.jit

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeserve.kernels.backend import Backend
+from pipeserve.kernels.quant_reference import LinearInput, values_of
 from pipeserve.models.config import ModelConfig
 from pipeserve.models.linear import Embedding, Linear
-from pipeserve.models.rotary import rotary_angles, rotary_scale
+from pipeserve.models.rotary import rotary_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +116,11 @@ class Decoder:
     ) -> Tensor:
         """Run the layers: [T, D] -> [T, D] float32; writes keys and values to the caches."""
         config, kernels, eps = self.config, self.backend, self.config.rms_eps
-        angles = rotary_angles(
+        angles = kernels.rotary_angles(
             metadata.positions_T, self.rotary_frequencies, rotary_scale(config.rope_scaling)
         )
         residual_TD = x_TD.float()
-        normed_TD = self._norm(residual_TD, self.layers[0].attention_norm_D)
+        normed_TD = kernels.rms_norm(residual_TD, self.layers[0].attention_norm_D, eps)
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if index > 0:
                 normed_TD, residual_TD = kernels.add_rms_norm(
@@ -133,26 +134,20 @@ class Decoder:
     def logits(self, x_SD: Tensor) -> Tensor:
         """Final norm and head: [S, D] -> [S, V] float32."""
         assert self.head is not None, "only the last stage has the head"
-        return self.head.output(self._norm(x_SD, self.head.norm_D)).float()
-
-    def _norm(self, residual_TD: Tensor, weight_D: Tensor) -> Tensor:
-        """The norm of the float32 residual stream, in the backend's type."""
-        return self.backend.rms_norm(residual_TD, weight_D, self.config.rms_eps).to(
-            self.backend.dtype
-        )
+        normed_SD = self.backend.rms_norm(x_SD, self.head.norm_D, self.config.rms_eps)
+        return self.head.output(normed_SD).float()
 
 
 def _attention(
     layer: DecoderLayer,
     config: ModelConfig,
     kernels: Backend,
-    x_TD: Tensor,
+    x_TD: LinearInput,
     angles: tuple[Tensor, Tensor],
     cache: LayerCache,
     metadata: AttentionMetadata,
 ) -> Tensor:
-    num_tokens = x_TD.shape[0]
-    qkv_TMH = layer.qkv(x_TD).view(num_tokens, -1, config.head_dim)
+    qkv_TMH = layer.qkv(x_TD).unflatten(1, (-1, config.head_dim))
     q_TNH = kernels.rotary_and_cache(
         qkv_TMH,
         *angles,
@@ -162,8 +157,8 @@ def _attention(
         k_scale_BKP=cache.k_scale_BKP,
         v_scale_BKP=cache.v_scale_BKP,
     )
-    out_TNH = paged_attention(layer, kernels, q_TNH, cache, metadata, scale=config.head_dim**-0.5)
-    return layer.output(out_TNH.view(num_tokens, config.attention_size))
+    scale = config.head_dim**-0.5
+    return layer.output(paged_attention(layer, kernels, q_TNH, cache, metadata, scale=scale))
 
 
 def paged_attention(
@@ -174,10 +169,10 @@ def paged_attention(
     metadata: AttentionMetadata,
     *,
     scale: float,
-) -> Tensor:
-    """Attention of decode rows and prefill chunks, each by its own kernel -> [T, N, H]."""
+) -> LinearInput:
+    """Attention of decode rows and prefill chunks, each by its own kernel -> [T, N * H]."""
     decode, prefill, num_decode = metadata.decode, metadata.prefill, metadata.num_decode_rows
-    parts = []
+    parts: list[LinearInput] = []
     if decode is not None:
         parts.append(
             kernels.paged_attention_decode(
@@ -211,4 +206,4 @@ def paged_attention(
                 sinks_N=layer.sinks_N,
             )
         )
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat([values_of(part) for part in parts])

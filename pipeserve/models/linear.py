@@ -18,6 +18,7 @@ from torch.nn import functional
 from pipeserve.kernels.backend import Backend
 from pipeserve.kernels.fp8_reference import Fp8Weight
 from pipeserve.kernels.quant_layout import PlanarWeight
+from pipeserve.kernels.quant_reference import LinearInput, values_of
 
 _PACK_FOR_ROWS = 8
 """Rows that oneDNN's blocked layout is chosen for. Measured with AVX-512 on 960 to 49152 outputs:
@@ -30,7 +31,7 @@ Matrix = Tensor | PlanarWeight | Fp8Weight
 class Linear(Protocol):
     """y = x W^T + b."""
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: LinearInput) -> Tensor:
         """[T, I] -> [T, O]."""
         ...
 
@@ -42,8 +43,8 @@ class DenseLinear:
         self._weight_OI = weight_OI
         self._bias_O = bias_O
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        return functional.linear(x_TI, self._weight_OI, self._bias_O)
+    def __call__(self, x_TI: LinearInput) -> Tensor:
+        return functional.linear(values_of(x_TI), self._weight_OI, self._bias_O)
 
 
 class PackedLinear:
@@ -53,7 +54,8 @@ class PackedLinear:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACK_FOR_ROWS)
         self._bias_O = bias_O
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: LinearInput) -> Tensor:
+        x_TI = values_of(x_TI)
         return torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, self._bias_O, "none", [], "")
 
 
@@ -61,12 +63,23 @@ class QuantLinear:
     """A matrix that stays quantised."""
 
     def __init__(self, weight: PlanarWeight, bias_O: Tensor | None, backend: Backend) -> None:
-        self._weight = weight
-        self._bias_O = bias_O
+        self.weight = weight
+        self.bias_O = bias_O
         self._backend = backend
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        return self._backend.quant_linear(x_TI, self._weight, self._bias_O)
+    def __call__(self, x_TI: LinearInput) -> Tensor:
+        return self._backend.quant_linear(x_TI, self.weight, self.bias_O)
+
+
+class StackedQuantLinear:
+    """Rows that stay quantised in different types, such as q and k in Q4_K and v in Q6_K."""
+
+    def __init__(self, parts: Sequence[QuantLinear], backend: Backend) -> None:
+        self._parts = [(part.weight, part.bias_O) for part in parts]
+        self._backend = backend
+
+    def __call__(self, x_TI: LinearInput) -> Tensor:
+        return self._backend.stacked_quant_linear(x_TI, self._parts)
 
 
 class Fp8Linear:
@@ -77,8 +90,8 @@ class Fp8Linear:
         self._bias_O = bias_O
         self._backend = backend
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        return self._backend.fp8_linear(x_TI, self._weight, self._bias_O)
+    def __call__(self, x_TI: LinearInput) -> Tensor:
+        return self._backend.fp8_linear(values_of(x_TI), self._weight, self._bias_O)
 
 
 class WideLinear:
@@ -89,18 +102,18 @@ class WideLinear:
         self._weight_IO = weight_OI.t()
         self._bias_O = None if bias_O is None else bias_O.float()
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        out_TO = torch.mm(x_TI, self._weight_IO, out_dtype=torch.float32)
+    def __call__(self, x_TI: LinearInput) -> Tensor:
+        out_TO = torch.mm(values_of(x_TI), self._weight_IO, out_dtype=torch.float32)
         return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
 
 
 class StackedLinear:
-    """Rows that are held in different ways, such as q and k in Q4_K and v in Q6_K."""
+    """Rows that are held in different ways, such as q and k quantised and v as floats."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
         self._parts = parts
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: LinearInput) -> Tensor:
         return torch.cat([part(x_TI) for part in self._parts], dim=-1)
 
 
@@ -115,6 +128,16 @@ def make_linear(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Line
     if is_packable and torch.backends.mkldnn.is_available():
         return PackedLinear(matrix, bias_O)
     return DenseLinear(matrix, bias_O)
+
+
+def stack_linears(parts: Sequence[Linear], backend: Backend) -> Linear:
+    """One linear of their outputs side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    quantised = [part for part in parts if isinstance(part, QuantLinear)]
+    if len(quantised) == len(parts):
+        return StackedQuantLinear(quantised, backend)
+    return StackedLinear(parts)
 
 
 def make_head(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Linear:

@@ -1,6 +1,6 @@
-"""Rotary position embedding: the frequencies of a model and the angles of a step's positions.
+"""Rotary position embedding: a model's frequencies, and the scale of its cosines and sines.
 
-Pure functions. Shapes: T tokens, R rotated entries of a head.
+Pure functions. Shapes: R rotated entries of a head.
 """
 
 from __future__ import annotations
@@ -39,14 +39,6 @@ def rotary_scale(scaling: RopeScaling | None) -> float:
     if not isinstance(scaling, YarnScaling):
         return 1.0
     return scaling.attention_factor * (0.1 * math.log(scaling.factor) + 1.0)
-
-
-def rotary_angles(positions_T: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """cos_TR and sin_TR as kernels take them: halves repeated, the first half of sin negated."""
-    angles_TR = torch.outer(positions_T.to(frequencies.dtype), frequencies.repeat(2))
-    cos_TR, sin_TR = angles_TR.cos().mul_(scale), angles_TR.sin().mul_(scale)
-    sin_TR[:, : frequencies.shape[0]].neg_()
-    return cos_TR, sin_TR
 
 
 def _yarn_kept_share(yarn: YarnScaling, *, theta: float, dim: int) -> Tensor:

@@ -31,12 +31,19 @@ class BlockTable:
         rows, columns, block_ids = int_tensor(changes, self._device)
         self._table_RB[rows, columns] = block_ids
 
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    def columns(self, *, max_length: int | None) -> Tensor:
+        """[R, B] of all rows, with as many columns as max_length tokens need; None: all."""
+        if max_length is None:
+            return self._table_RB
+        return self._table_RB[:, : -(-max_length // self._block_size)]
+
     def rows(self, rows_S: Tensor, *, max_length: int | None) -> Tensor:
-        """[S, B] for these rows, with as many columns as max_length tokens need; None: all."""
-        table_RB = self._table_RB
-        if max_length is not None:
-            table_RB = table_RB[:, : -(-max_length // self._block_size)]
-        return table_RB.index_select(0, rows_S)
+        """`columns` [S, B] of these rows."""
+        return self.columns(max_length=max_length).index_select(0, rows_S)
 
     def slots(self, rows_T: Tensor, positions_T: Tensor) -> Tensor:
         """Cache slot of every token, from its row and its position in the sequence."""

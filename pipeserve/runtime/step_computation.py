@@ -67,9 +67,30 @@ class StepComputation:
 
     def _embed(self, inputs: StepInputs[Tensor]) -> Tensor:
         ids_S = self.token_pool.read(inputs.rows_S)
+        if len(inputs.prefill_ids_T) == 0:
+            return self.decoder.embed(ids_S)
         return self.decoder.embed(torch.cat((ids_S, inputs.prefill_ids_T)))
 
+    def _decode_metadata(
+        self, inputs: StepInputs[Tensor], max_length: int | None
+    ) -> AttentionMetadata:
+        """Of a step without prefill, by a kernel made for it: such steps are short."""
+        table = self.block_table
+        slots_S, lengths_S, table_SB = self.decoder.backend.decode_places(
+            table.columns(max_length=max_length), inputs.rows_S, inputs.positions_S,
+            table.block_size,
+        )  # fmt: skip
+        return AttentionMetadata(
+            positions_T=inputs.positions_S,
+            slots_T=slots_S,
+            num_decode_rows=len(inputs.rows_S),
+            decode=DecodeMetadata(block_table_SB=table_SB, lengths_S=lengths_S),
+            prefill=None,
+        )
+
     def _metadata(self, inputs: StepInputs[Tensor], max_length: int | None) -> AttentionMetadata:
+        if len(inputs.prefill_rows_T) == 0:
+            return self._decode_metadata(inputs, max_length)
         table, num_decode = self.block_table, len(inputs.rows_S)
         rows_T = torch.cat((inputs.rows_S, inputs.prefill_rows_T))
         positions_T = torch.cat((inputs.positions_S, inputs.prefill_positions_T))

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is a development dependency on the CPU")
 
-from pipeserve.kernels import fused, reference, reference_attention
+from pipeserve.kernels import fused, reference, reference_attention, rotary
 
 EPS = 1e-5
 # One rounding of the output's type, and for bf16 another of the sum that is normed.
@@ -76,7 +76,7 @@ def test_rotary_and_cache(
     shape = (4, 16, num_kv_heads, head_dim)
     found, expected = ([torch.zeros(shape, device=device) for _ in "kv"] for _ in range(2))
     if not is_int8:
-        q_TNH = fused.rotary_and_cache(qkv_TMH, *angles, *found, slots_T)
+        q_TNH = rotary.rotary_and_cache(qkv_TMH, *angles, *found, slots_T)
         expected_q_TNH = reference.rotary_and_cache(qkv_TMH, *angles, *expected, slots_T)
         torch.testing.assert_close([q_TNH, *found], [expected_q_TNH, *expected])
         return
@@ -85,7 +85,7 @@ def test_rotary_and_cache(
         tensors[:] = [cache.to(torch.int8) for cache in tensors]
         tensors += [torch.zeros(scale_shape, device=device, dtype=torch.float16) for _ in "kv"]
     slots_T[1] = -1
-    q_TNH = fused.rotary_and_cache(
+    q_TNH = rotary.rotary_and_cache(
         qkv_TMH, *angles, *found[:2], slots_T, k_scale_BKP=found[2], v_scale_BKP=found[3]
     )
     expected_q_TNH = reference_attention.rotary_and_cache_int8(qkv_TMH, *angles, *expected, slots_T)
@@ -102,7 +102,7 @@ def test_a_filler_token_writes_nothing(device: torch.device) -> None:
     qkv_TMH = torch.randn(3, 4, 64, device=device)
     angles = random_angles(3, 64, device)
     caches = [torch.zeros(2, 16, 1, 64, device=device) for _ in "kv"]
-    fused.rotary_and_cache(qkv_TMH, *angles, *caches, torch.tensor([-1, 4, -1], device=device))
+    rotary.rotary_and_cache(qkv_TMH, *angles, *caches, torch.tensor([-1, 4, -1], device=device))
     for cache in caches:
         written = cache.view(32, 64).any(-1).nonzero().flatten()
         assert written.tolist() == [4]
