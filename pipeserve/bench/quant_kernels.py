@@ -29,8 +29,9 @@ from pipeserve.bench.ceilings import measure_ceilings
 from pipeserve.kernels import quant_reference
 from pipeserve.kernels.quant_dequant import dequantise
 from pipeserve.kernels.quant_gemm import gemm
-from pipeserve.kernels.quant_gemv import MAX_ROWS, gemv, quantise_rows
+from pipeserve.kernels.quant_gemv import MAX_ROWS, gemv
 from pipeserve.kernels.quant_layout import LAYOUTS, PLANE_BYTES, UNIT, PlanarWeight
+from pipeserve.kernels.rounded_rows import quantise_rows
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MATRICES = (

@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="Triton is a development dependency; it is 
 
 from pipeserve.kernels.quant_dequant import dequantise
 from pipeserve.kernels.quant_gemm import GemmTiling, choose_tiling, gemm
-from pipeserve.kernels.quant_gemv import gemv, quantise_rows
+from pipeserve.kernels.quant_gemv import gemv
 from pipeserve.kernels.quant_split import CardLimits
+from pipeserve.kernels.rounded_rows import quantise_rows
 
 TYPES = sorted(LAYOUTS)
 FEW_TYPES = ("Q4_K", "Q6_K", "Q5_0", "IQ4_NL")
