@@ -67,7 +67,7 @@ class StepDraft:
         awaited = [
             chunk.sequence.last_sample_step
             for chunk in self.decode
-            if chunk.sequence.num_in_flight and chunk.sequence.last_sample_step is not None
+            if chunk.sequence.last_sample_step is not None
         ]
         blocks = np.array(self.new_blocks, np.int32).reshape(-1, 3)
         return MicroBatch(

@@ -80,7 +80,8 @@ def test_without_look_ahead_a_step_waits_for_the_previous_result() -> None:
     assert len(fill(scheduler, stages)) == 1
     run_step(scheduler, stages)
     (decode,) = fill(scheduler, stages)
-    assert decode.needs_step is None
+    # Known here, but maybe not yet where the first stage reads it.
+    assert decode.needs_step == 0
 
 
 def test_chunks_of_a_long_prompt_follow_each_other_without_waiting() -> None:
