@@ -241,7 +241,7 @@ class Daemon:
         self._notifier.status(f"restarting the engine: {failure}")
         log.warning("engine restarts", delay_s=delay_s)
         await _first(self._stop.asked.wait(), asyncio.sleep(delay_s))
-        return True
+        return not self._stop.asked.is_set()
 
     async def _run_engine(
         self,

@@ -84,14 +84,20 @@ class ReplicatedEngine:
         self._watches: list[asyncio.Task[None]] = []
 
     def load(self, on_progress: OnProgress) -> PipelineFacts:
-        """Load all replicas, those in processes of their own at the same time; blocks.
+        """Load all replicas; blocks. At the same time where each has a process and GPUs of its own:
+        each takes the measure of what its GPUs have left.
 
         Raises:
             PipeserveError: one of them cannot serve the model here.
         """
+        gpus = [
+            name for each in self._replicas for name in each.order.config.devices if name != "cpu"
+        ]
+        are_apart = len(set(gpus)) == len(gpus)
         has_processes = all(each.can_restart for each in self._replicas)
         loaders = ThreadPoolExecutor(
-            len(self._replicas) if has_processes else 1, thread_name_prefix="replica-loader"
+            len(self._replicas) if has_processes and are_apart else 1,
+            thread_name_prefix="replica-loader",
         )
         loads = [
             loaders.submit(each.host.load, report)

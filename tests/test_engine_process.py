@@ -52,7 +52,8 @@ async def connected(process: EngineProcess) -> AsyncIterator[EngineClient]:
         client = EngineClient(facts=facts, post=process.post, max_queued_requests=100)
 
         def to_loop(messages: Sequence[EngineMessage]) -> None:
-            loop.call_soon_threadsafe(client.deliver_all, messages)
+            for message in messages:
+                loop.call_soon_threadsafe(client.deliver, message)
 
         process.start(to_loop)
         yield client

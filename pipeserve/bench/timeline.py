@@ -109,8 +109,10 @@ def as_svg(bars: Sequence[Bar], *, num_stages: int, title: str) -> str:
     scale = (_WIDTH - _LEFT - 20) / (last_s - first_s)
     height = _TOP + num_stages * _LANE + 40
     lines = [
-        (f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        'font-family="sans-serif" font-size="12">'),
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
+            'font-family="sans-serif" font-size="12">'
+        ),
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
         *_legend(),

@@ -280,11 +280,6 @@ class EngineClient:
             if not reply.done():
                 reply.set_exception(failure)
 
-    def deliver_all(self, messages: Sequence[RouterMessage]) -> None:
-        """Hand messages that came together to whoever waits for them."""
-        for message in messages:
-            self.deliver(message)
-
     def deliver(self, message: RouterMessage) -> None:
         """Hand a message from the engine to whoever waits for it."""
         match message:

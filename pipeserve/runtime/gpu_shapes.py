@@ -44,7 +44,9 @@ class GpuShapes:
     def captured(self) -> list[StepShape]:
         """Largest first: the smaller ones fit into its memory."""
         shapes = [StepShape(num_decode_rows=size) for size in self._decode]
-        shapes += [_mixed_shape(rows, tokens) for rows in self._mixed for tokens in self._prefill]
+        shapes += [
+            self._mixed_shape(rows, tokens) for rows in self._mixed for tokens in self._prefill
+        ]
         return sorted(shapes, key=lambda shape: shape.num_tokens, reverse=True)
 
     def find_captured(self, batch: MicroBatch) -> StepShape | None:
@@ -57,7 +59,7 @@ class GpuShapes:
         tokens = _next(self._prefill, num_tokens)
         if rows is None or tokens is None or batch.num_rows - batch.num_decode_rows > NUM_CHUNKS:
             return None
-        return _mixed_shape(rows, tokens)
+        return self._mixed_shape(rows, tokens)
 
     def find(self, batch: MicroBatch) -> StepShape:
         """For a step that runs eagerly: rounded up, so that few kernels are compiled."""
@@ -70,8 +72,20 @@ class GpuShapes:
             num_decode_rows=rows,
             num_prefill_tokens=_round_up(len(batch.prefill_token_ids), 64),
             num_chunks=chunks,
-            num_samples=rows + chunks,
+            num_samples=self._num_samples(rows, chunks),
         )
+
+    def _mixed_shape(self, num_decode_rows: int, num_prefill_tokens: int) -> StepShape:
+        return StepShape(
+            num_decode_rows=num_decode_rows,
+            num_prefill_tokens=num_prefill_tokens,
+            num_chunks=NUM_CHUNKS,
+            num_samples=self._num_samples(num_decode_rows, NUM_CHUNKS),
+        )
+
+    def _num_samples(self, num_decode_rows: int, num_chunks: int) -> int:
+        """Every row of the step, of which there are not more than rows at all."""
+        return min(num_decode_rows + num_chunks, _round_up(self._num_rows, 16))
 
 
 def shapes_for(device: torch.device, facts: PipelineFacts) -> GpuShapes | None:
@@ -83,15 +97,6 @@ def shapes_for(device: torch.device, facts: PipelineFacts) -> GpuShapes | None:
 
 def _round_up(count: int, step: int) -> int:
     return -(-count // step) * step
-
-
-def _mixed_shape(num_decode_rows: int, num_prefill_tokens: int) -> StepShape:
-    return StepShape(
-        num_decode_rows=num_decode_rows,
-        num_prefill_tokens=num_prefill_tokens,
-        num_chunks=NUM_CHUNKS,
-        num_samples=num_decode_rows + NUM_CHUNKS,
-    )
 
 
 def _next(sizes: tuple[int, ...], wanted: int) -> int | None:

@@ -194,10 +194,10 @@ def _measure_graphs(parts: StageParts) -> int:
     """Graphs share one pool, whose size the largest of each kind decide; each costs a little more
     for itself, which the smallest show."""
     assert parts.shapes is not None, "a GPU stage has shapes"
-    graphs, shapes = parts.make_graphs(parts.shapes), parts.shapes.captured()
+    before, shapes = _free_bytes(parts.device), parts.shapes.captured()
+    graphs = parts.make_graphs(parts.shapes)
     largest = {shape.num_prefill_tokens: shape for shape in reversed(shapes)}.values()
     smallest = [shape for shape in shapes[-3:] if shape not in largest]
-    before = _free_bytes(parts.device)
     graphs.capture(sorted(largest, key=lambda shape: -shape.num_tokens))
     between = _free_bytes(parts.device)
     graphs.capture(smallest)

@@ -58,7 +58,9 @@ class Pipeline:
         self._token_pool = token_pool
         self._links = [Link() for _ in runners]
         last = len(runners) - 1
-        self._collector = Collector(stage=last, post=post) if devices[last].type == "cuda" else None
+        self._collector = None
+        if devices[last].type == "cuda":
+            self._collector = Collector(stage=last, device=devices[last], post=post)
         self._stages = [
             Stage(
                 index=index,
@@ -172,11 +174,21 @@ class Pipeline:
         busy = [(stage, stage.activity) for stage in self._stages]
         running = [(activity.since_s, stage, activity) for stage, activity in busy if activity]
         if not running:
-            return "no stage is computing; all wait for work"
+            return self._describe_awaited(now_s)
         since_s, stage, activity = min(running, key=lambda item: item[0])
         return (
             f"stage {stage.index} ({stage.device}) has been computing step {activity.step_id} "
             f"for {now_s - since_s:.1f} s"
+        )
+
+    def _describe_awaited(self, now_s: float) -> str:
+        """Stages on GPUs only launch: one that hangs is seen where its results are waited for."""
+        awaited = None if self._collector is None else self._collector.awaited
+        if awaited is None:
+            return "no stage is computing; all wait for work"
+        return (
+            f"step {awaited.step_id} was launched on every stage and has not come back for "
+            f"{now_s - awaited.since_s:.1f} s"
         )
 
     def _end_stages(self) -> None:

@@ -104,8 +104,11 @@ class Stage:
             yield
             return
         torch.cuda.set_device(self.device)
-        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
             yield
+        # What was launched ahead uses memory that whoever closes the pipeline may free.
+        stream.synchronize()
 
     def _work(self) -> None:
         clock = make_clock(self.device)

@@ -75,7 +75,14 @@ class Uploader:
         self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         for part in memory.split(buffer_bytes):
             self._free.put(_Buffer(part, None))
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read")
+        self._readers = ThreadPoolExecutor(
+            NUM_READERS, thread_name_prefix="read", initializer=self._stand_on_device
+        )
+
+    def _stand_on_device(self) -> None:
+        """Of a reader thread: or leaving a stream's context would set up the first card as well."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
 
     def __enter__(self) -> Self:
         return self

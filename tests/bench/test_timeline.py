@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from pipeserve.bench import engine, report
+from pipeserve.bench.shapes import find_shape
+from pipeserve.bench.synthetic import provide_model
 from pipeserve.bench.timeline import Bar, as_svg, busy_shares, middle
 from pipeserve.bench.workload import make_workload
 from pipeserve.config import Config
-from tests.models import tiny
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -61,7 +62,7 @@ def test_every_bar_is_drawn_in_the_lane_of_its_stage() -> None:
 
 
 def test_a_run_leaves_bars_of_all_its_steps(tmp_path: Path) -> None:
-    path = tiny.write_gguf(tmp_path / "tiny.gguf", tiny.random_llama(tiny.llama_config()))
+    path = provide_model("tiny", find_shape("tiny"), "q4_k_m", folder=tmp_path)
     workload = make_workload(
         num_prompt_tokens=20,
         num_output_tokens=5,
@@ -77,6 +78,6 @@ def test_a_run_leaves_bars_of_all_its_steps(tmp_path: Path) -> None:
     assert sum(each.num_decode_rows for each in result.bars) == 2 * 2 * 4
     for stage in (0, 1):
         own = [each for each in result.bars if each.stage == stage]
-        assert all(one.end_s <= other.start_s for one, other in itertools.pairwise(own))
-    assert "tiny.gguf on cpu + cpu" in report.as_svg(result)
+        assert all(one.end_s <= other.start_s for one, other in pairwise(own))
+    assert "tiny-q4_k_m.gguf on cpu + cpu" in report.as_svg(result)
     assert "bars" not in report.as_json(result)
