@@ -17,6 +17,8 @@ LARGEST = 448.0
 """Of e4m3 as the Open Compute Project specifies it (OFP8): four bits of exponent, no infinity."""
 LEAST_PEAK = 1e-10
 """A row whose largest magnitude is less becomes zeros, since its scale would have no reciprocal."""
+NUM_SCALES = 8
+"""That are tried per row of a matrix."""
 _MULTIPLE = 16
 
 
@@ -27,7 +29,7 @@ class Fp8Weight:
     codes_NK: Tensor
     """float8_e4m3fn, contiguous."""
     scales_1N: Tensor
-    """float32: largest magnitude of the row / 448."""
+    """float32, as quantise_rows chooses them."""
 
     @property
     def num_bytes(self) -> int:
@@ -45,6 +47,31 @@ def quantise_tokens(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     peaks_T1 = values_TK.abs().amax(-1, keepdim=True).clamp(min=LEAST_PEAK)
     scaled_TK = (values_TK * (LARGEST / peaks_T1)).clamp(-LARGEST, LARGEST)
     return scaled_TK.to(torch.float8_e4m3fn), peaks_T1 * (1 / LARGEST)
+
+
+def quantise_rows(values_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix's rows to e4m3 [N, K], each by the float32 scale [N, 1] of least squared error.
+
+    Steps between codes double at powers of two, and the scale decides where in a row that is.
+    Tried are an octave's scales from the least without clipping; after an octave errors repeat.
+    """
+    values_NK = values_NK.float()
+    peaks_N1 = values_NK.abs().amax(-1, keepdim=True).clamp(min=LEAST_PEAK)
+    codes_NK = torch.empty_like(values_NK, dtype=torch.float8_e4m3fn)
+    scales_N1, least_N1 = peaks_N1, torch.full_like(peaks_N1, torch.inf)
+    for index in range(NUM_SCALES):
+        factor = 2 ** (index / NUM_SCALES)
+        some_N1 = peaks_N1 * (factor / LARGEST)
+        scaled_NK = (values_NK / some_N1).clamp_(-LARGEST, LARGEST)
+        some_NK = scaled_NK.to(torch.float8_e4m3fn)
+        errors_N1 = scaled_NK.sub_(some_NK.float()).square_().sum(-1, keepdim=True) * factor**2
+        is_better_N1 = errors_N1 < least_N1
+        # By their bits: torch selects few things of 8-bit floats.
+        bits_NK, some_bits_NK = codes_NK.view(torch.uint8), some_NK.view(torch.uint8)
+        torch.where(is_better_N1, some_bits_NK, bits_NK, out=bits_NK)
+        scales_N1 = torch.where(is_better_N1, some_N1, scales_N1)
+        least_N1 = torch.minimum(errors_N1, least_N1)
+    return codes_NK, scales_N1
 
 
 def dequantise(weight: Fp8Weight) -> Tensor:

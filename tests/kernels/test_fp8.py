@@ -24,7 +24,7 @@ def every_e4m3(device: torch.device) -> torch.Tensor:
 def fp8_weight(num_rows: int, num_columns: int, device: torch.device) -> Fp8Weight:
     torch.manual_seed(1)
     values = torch.randn(num_rows, num_columns, device=device) * 0.05
-    codes, scales = fp8_reference.quantise_tokens(values)
+    codes, scales = fp8_reference.quantise_rows(values)
     return Fp8Weight(codes_NK=codes, scales_1N=scales.t().contiguous())
 
 
@@ -53,6 +53,22 @@ def test_quantise_tokens(num_columns: int, device: torch.device) -> None:
     assert (got.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() < 2e-3
     assert not got[1].float().any() and not got[2].float().any()
     assert got[3, 0].float().item() == -448.0
+
+
+def test_a_rows_scale_is_the_one_of_least_error(device: torch.device) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(50, 512, device=device) * 0.05
+    values[1] = 0.0
+    values[2] = 1.75 * 2.0 ** -torch.arange(512, device=device).remainder(7)  # exact as it is
+    codes, scales = fp8_reference.quantise_rows(values)
+    plain_codes, plain_scales = fp8_reference.quantise_tokens(values)
+    errors = (codes.float() * scales - values).norm(dim=1)
+    plain_errors = (plain_codes.float() * plain_scales - values).norm(dim=1)
+    assert (errors <= plain_errors * (1 + 1e-5)).all()
+    assert errors[3:].mean() < 0.98 * plain_errors[3:].mean()
+    assert not codes[1].float().any()
+    assert errors[2] < 1e-5 and scales[2].item() == pytest.approx(1.75 / 448)
+    assert (codes.float().abs().amax(1)[2:] > 448 / 2.1).all()  # an octave, and nothing clipped
 
 
 def test_the_twin_keeps_e4m3s_precision() -> None:

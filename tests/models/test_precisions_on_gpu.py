@@ -75,6 +75,8 @@ def test_the_demo_model_stays_close_to_float32(
         length: mean_kl(run_ids(decoder, card, token_ids[:length]), reference_TV[:length])
         for length in LENGTHS
     }
-    # A few tokens are no mean: they are judged by a wider bound.
-    bounds = {length: allowed_kl * (3 if length < 100 else 1) for length in LENGTHS}
+    # A few tokens are no mean: they are judged by a wider bound. What stays bf16 beside e4m3 was
+    # chosen so that 40 tokens hold the bound itself.
+    least_mean = 40 if options.get("weights") == "fp8" else 100
+    bounds = {length: allowed_kl * (3 if length < least_mean else 1) for length in LENGTHS}
     assert all(measured[length] < bounds[length] for length in LENGTHS), measured
