@@ -14,8 +14,10 @@ from pipeserve.config import Config
 from pipeserve.core.batch import MicroBatch, PipelineFacts
 from pipeserve.core.loading import LoadReport, OnProgress
 from pipeserve.gguf.reader import GGUFFile
+from pipeserve.models.layers import Decoder
 from pipeserve.models.registry import check_model
 from pipeserve.runtime.collector import Collector, Post
+from pipeserve.runtime.cuda_graphs import StepGraphs
 from pipeserve.runtime.hand_off import make_hand_off
 from pipeserve.runtime.link import Handoff, Link
 from pipeserve.runtime.loading import load_decoders
@@ -25,11 +27,11 @@ from pipeserve.runtime.memory import (
     measure_cards,
     report_card,
 )
-from pipeserve.runtime.placement import place
-from pipeserve.runtime.plan import plan_pipeline, size_caches
+from pipeserve.runtime.placement import Placement, place
+from pipeserve.runtime.plan import PipelinePlan, plan_pipeline, size_caches
 from pipeserve.runtime.slowdown import slow_down
 from pipeserve.runtime.stage import Outlet, Runner, Stage
-from pipeserve.runtime.stage_parts import make_parts
+from pipeserve.runtime.stage_parts import StageParts, make_parts
 from pipeserve.runtime.token_pool import TokenPool
 from pipeserve.runtime.transfer import Transfer
 
@@ -123,24 +125,12 @@ class Pipeline:
         token_pool = TokenPool(
             num_rows=plan.facts.num_rows, device=plan.devices[0], transfer=hand_off.token_ids
         )
-        stages = [
-            make_parts(decoder, device, facts=plan.facts, kv_dtype=kv_dtype, token_pool=token_pool)
-            for decoder, device, kv_dtype in zip(
-                decoders, plan.devices, plan.kv_dtypes, strict=True
-            )
-        ]
+        stages = _make_stages(plan, decoders, token_pool)
         cards = measure_cards(stages, plan.facts, placement.rooms)
         kv_bytes = kv_bytes_of_stages(stages, cards, wanted_bytes=plan.kv_bytes)
         plan = size_caches(plan, config, kv_bytes)
         stages = [parts.with_caches(num_blocks=plan.facts.num_blocks) for parts in stages]
         graphs = [parts.capture() for parts in stages]
-        runners: Sequence[Runner] = [
-            parts.make_runner(own) for parts, own in zip(stages, graphs, strict=True)
-        ]
-        if slowdowns is not None:
-            runners = slow_down(
-                runners, [slowdowns[which] for which in placement.order], plan.devices
-            )
         reports = [report_card(card, stages, graphs) for card in cards]
         for report in reports:
             torch.cuda.synchronize(report.memory.device)  # stages have streams of their own
@@ -148,7 +138,7 @@ class Pipeline:
         return cls(
             facts=plan.facts,
             cards=reports,
-            runners=runners,
+            runners=_make_runners(stages, graphs, placement, slowdowns),
             devices=plan.devices,
             transfers=hand_off.hidden,
             token_pool=token_pool,
@@ -197,3 +187,26 @@ class Pipeline:
         self._token_pool.close()
         if self._collector is not None:
             self._collector.close()
+
+
+def _make_stages(
+    plan: PipelinePlan, decoders: Sequence[Decoder], token_pool: TokenPool
+) -> list[StageParts]:
+    """In order; their KV caches are not sized yet."""
+    return [
+        make_parts(decoder, device, facts=plan.facts, kv_dtype=kv_dtype, token_pool=token_pool)
+        for decoder, device, kv_dtype in zip(decoders, plan.devices, plan.kv_dtypes, strict=True)
+    ]
+
+
+def _make_runners(
+    stages: Sequence[StageParts],
+    graphs: Sequence[StepGraphs | None],
+    placement: Placement,
+    slowdowns: Sequence[float] | None,
+) -> Sequence[Runner]:
+    runners = [parts.make_runner(own) for parts, own in zip(stages, graphs, strict=True)]
+    if slowdowns is None:
+        return runners
+    factors = [slowdowns[which] for which in placement.order]
+    return slow_down(runners, factors, placement.devices)
