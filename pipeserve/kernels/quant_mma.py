@@ -1,8 +1,8 @@
 """A batch of f16 rows times a planar quantised matrix on Hopper: the host side of quant_mma.cu.
 
-Launched by the stage thread, capturable in a CUDA graph. Every matrix it does not take
-(takes_mma) goes to the Triton kernel of quant_gemm. Sums are added in a fixed order, so results do
-not change from run to run. Twin: quant_reference.matmul.
+Measured by bench/quant_sweep.py; no backend uses it yet. takes_mma says for which matrices it is
+made. Sums are added in a fixed order, so results do not change from run to run. Twin:
+quant_reference.matmul.
 
 Shapes: T tokens, N outputs, K inputs. A step is 256 columns.
 """

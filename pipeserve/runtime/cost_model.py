@@ -127,11 +127,6 @@ class StageTimes:
         layers_s = sum(self.times.layers[kind].prefill.at(num_tokens) for kind in self.kinds)
         return self.times.step_s + layers_s
 
-    def mix_s(self, mix: Mix) -> float:
-        """Per output token of the mix."""
-        prefill_s = self.prefill_s(mix.chunk_tokens)
-        return mix.per_output_token_s(self.decode_s(mix.rows), prefill_s)
-
 
 def decode_tokens_per_s(stages: Sequence[StageTimes], num_sequences: int) -> float:
     """Of so many decoding sequences together.

@@ -47,6 +47,11 @@ def _unknown(name: str) -> ConfigError:
     )
 
 
+def gib(num_bytes: int) -> str:
+    """For messages."""
+    return f"{num_bytes / 1024**3:.2f}"
+
+
 def int_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     """A message's integers as int64 on a device: the type that torch indexes by.
 

@@ -1,4 +1,4 @@
-"""HandOff: the transfers of a pipeline, each by the fastest way that is known to work.
+"""The transfers of a pipeline, each by the fastest way that is known to work.
 
 Decided on the loading thread, before the stages start.
 """
@@ -23,7 +23,7 @@ Way = Literal["auto", "peer", "staged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HandOff:
+class PipelineTransfers:
     """What crosses between the stages of one pipeline."""
 
     hidden: tuple[Transfer, ...]
@@ -32,7 +32,7 @@ class HandOff:
     """From the last stage to the first."""
 
 
-def make_hand_off(plan: PipelinePlan, way: Way, on_progress: OnProgress) -> HandOff:
+def make_transfers(plan: PipelinePlan, way: Way, on_progress: OnProgress) -> PipelineTransfers:
     """Try each ordered pair of cards that hand over, and set up rings.
 
     Raises:
@@ -51,7 +51,7 @@ def make_hand_off(plan: PipelinePlan, way: Way, on_progress: OnProgress) -> Hand
         depth=_ring_depth(facts),
     )
     token_ids = Parcels(shape=(facts.num_rows,), dtype=torch.int64, depth=_ring_depth(facts))
-    return HandOff(
+    return PipelineTransfers(
         hidden=tuple(make(hidden, pair) for pair in pairs[:-1]),
         token_ids=make(token_ids, pairs[-1]),
     )

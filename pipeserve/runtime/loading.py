@@ -32,6 +32,7 @@ from pipeserve.models.loader import (
     stage_tensors,
 )
 from pipeserve.models.registry import Family, find_family
+from pipeserve.runtime.devices import gib
 from pipeserve.runtime.upload import Uploader
 
 _FP8_CAPABILITY = (8, 9)
@@ -201,14 +202,10 @@ def _out_of_memory(shares: Sequence[Share], device: torch.device, config: Config
     free, total = torch.cuda.mem_get_info(device)
     form = "" if config.weights == "quantised" else ' set weights = "quantised",'
     return ConfigError(
-        f"the weights of {device} take {_gib(needed)} GiB, but {_gib(free)} of its {_gib(total)} "
+        f"the weights of {device} take {gib(needed)} GiB, but {gib(free)} of its {gib(total)} "
         f"GiB are free:{form} list more devices, move layers away by layer_split, take a file "
         "of a smaller quantisation, or end what else uses the card"
     )
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 1024**3:.2f}"
 
 
 class _Progress:

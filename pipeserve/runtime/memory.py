@@ -19,6 +19,7 @@ from pipeserve.core.batch import MicroBatch, PipelineFacts, RowStart
 from pipeserve.core.sampling import MAX_LOGPROBS, SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.runtime.cuda_graphs import StepGraphs
+from pipeserve.runtime.devices import gib
 from pipeserve.runtime.stage_parts import StageParts
 
 MARGIN = 0.02
@@ -251,8 +252,3 @@ def _free_bytes(device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
-
-
-def gib(num_bytes: int) -> str:
-    """For messages."""
-    return f"{num_bytes / 1024**3:.1f}"

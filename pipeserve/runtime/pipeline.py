@@ -18,7 +18,7 @@ from pipeserve.models.layers import Decoder
 from pipeserve.models.registry import check_model
 from pipeserve.runtime.collector import Collector, Post
 from pipeserve.runtime.cuda_graphs import StepGraphs
-from pipeserve.runtime.hand_off import make_hand_off
+from pipeserve.runtime.hand_off import make_transfers
 from pipeserve.runtime.link import Handoff, Link
 from pipeserve.runtime.loading import load_decoders
 from pipeserve.runtime.memory import (
@@ -121,9 +121,9 @@ class Pipeline:
             config=config,
             on_progress=on_progress,
         )
-        hand_off = make_hand_off(plan, config.hand_off, on_progress)
+        transfers = make_transfers(plan, config.hand_off, on_progress)
         token_pool = TokenPool(
-            num_rows=plan.facts.num_rows, device=plan.devices[0], transfer=hand_off.token_ids
+            num_rows=plan.facts.num_rows, device=plan.devices[0], transfer=transfers.token_ids
         )
         stages = _make_stages(plan, decoders, token_pool)
         cards = measure_cards(stages, plan.facts, placement.rooms)
@@ -140,7 +140,7 @@ class Pipeline:
             cards=reports,
             runners=_make_runners(stages, graphs, placement, slowdowns),
             devices=plan.devices,
-            transfers=hand_off.hidden,
+            transfers=transfers.hidden,
             token_pool=token_pool,
             threads_per_stage=config.threads_per_stage,
             post=post,

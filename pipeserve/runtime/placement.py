@@ -16,7 +16,7 @@ from pipeserve.gguf.reader import GGUFFile
 from pipeserve.models.config import ModelConfig
 from pipeserve.runtime import partition
 from pipeserve.runtime.cost_model import OUTPUT_TOKENS, PROMPT_TOKENS
-from pipeserve.runtime.devices import resolve_devices
+from pipeserve.runtime.devices import gib, resolve_devices
 from pipeserve.runtime.loading import plan_shares
 from pipeserve.runtime.partition import Partition
 from pipeserve.runtime.plan import layer_ranges
@@ -180,20 +180,16 @@ def _whole_blocks(num_tokens: int, block_size: int) -> int:
 
 def _no_room(survey: Survey) -> ConfigError:
     rooms = ", ".join(
-        f"{each.device} {'any' if each.room_bytes is None else _gib(max(0, each.room_bytes))}"
+        f"{each.device} {'any' if each.room_bytes is None else gib(max(0, each.room_bytes))}"
         for each in survey.devices
     )
     weights = survey.devices[0].weights
     num_bytes = sum(weights.layers) + weights.embedding + weights.head
     kv = f"{survey.wanted_tokens or survey.facts.block_size} tokens of KV cache"
     return ConfigError(
-        f"no cut of the {survey.model.num_layers} layers fits: weights take {_gib(num_bytes)} GiB, "
+        f"no cut of the {survey.model.num_layers} layers fits: weights take {gib(num_bytes)} GiB, "
         f"and every stage holds {kv}; for these there are, beside what steps are expected to take, "
         f"on {rooms} GiB; list more devices, raise memory_limit_bytes or kv_cache_bytes, lower "
         'context_length, max_num_seqs or max_num_batched_tokens, set kv_cache_dtype = "int8", or '
         "take a smaller quantisation"
     )
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 1024**3:.2f}"

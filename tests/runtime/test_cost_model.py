@@ -65,7 +65,8 @@ def test_a_stage_costs_what_its_layers_and_head_do(
     stage = StageTimes(times=times, kinds=kinds, has_head=has_head)
     layers_s = sum(mix.layer_s(times.layers[kind]) for kind in kinds)
     parts_s = layers_s + mix.step_s(times) + has_head * mix.head_s(times)
-    assert stage.mix_s(mix) == pytest.approx(parts_s)
+    whole_s = mix.per_output_token_s(stage.decode_s(rows), stage.prefill_s(chunk))
+    assert whole_s == pytest.approx(parts_s)
 
 
 def test_the_mix_counts_four_prompt_tokens_per_output_token() -> None:
