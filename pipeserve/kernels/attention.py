@@ -56,7 +56,7 @@ class PagedAttentionDecode(Protocol):
 
 
 class PagedAttentionPrefill(Protocol):
-    """reference.paged_attention_prefill, likewise: [T, N * H]."""
+    """reference.paged_attention_prefill, likewise: [T, N * H], a view of out_TNH if given."""
 
     def __call__(
         self,
@@ -69,6 +69,8 @@ class PagedAttentionPrefill(Protocol):
         scale: float,
         /,
         *,
+        starts_S: Tensor | None = None,
+        out_TNH: Tensor | None = None,
         k_scale_BKP: Tensor | None = None,
         v_scale_BKP: Tensor | None = None,
         window: int | None = None,
@@ -133,6 +135,8 @@ def paged_attention_prefill(
     num_tokens_S: Tensor,
     scale: float,
     *,
+    starts_S: Tensor | None = None,
+    out_TNH: Tensor | None = None,
     k_scale_BKP: Tensor | None = None,
     v_scale_BKP: Tensor | None = None,
     window: int | None = None,
@@ -143,9 +147,13 @@ def paged_attention_prefill(
     caches = (k_cache_BPKH, v_cache_BPKH, block_table_SB)
     plain = (q_TNH, *caches, first_positions_S, num_tokens_S, scale)
     if _are_unset(k_scale_BKP, v_scale_BKP, window, soft_cap, sinks_N):
-        return reference.paged_attention_prefill(*plain).flatten(1)
+        return reference.paged_attention_prefill(
+            *plain, starts_S=starts_S, out_TNH=out_TNH
+        ).flatten(1)
     out_TNH = reference_attention.paged_attention_prefill(
         *plain,
+        starts_S=starts_S,
+        out_TNH=out_TNH,
         k_scale_BKP=k_scale_BKP,
         v_scale_BKP=v_scale_BKP,
         window=window,

@@ -50,6 +50,7 @@ def prefill_kernel(
     v_scale_ptr,
     sinks_ptr,
     table_ptr,
+    starts_ptr,
     first_positions_ptr,
     num_tokens_ptr,
     out_ptr,
@@ -91,7 +92,7 @@ def prefill_kernel(
     if seq >= num_seqs:
         return
     tiles_before = tl.sum(tl.where(seqs_S < seq, num_tiles_S, 0), 0)
-    tokens_before = tl.sum(tl.where(seqs_S < seq, num_tokens_S, 0), 0)
+    start_token = tl.load(starts_ptr + seq).to(tl.int32)
     num_tokens = tl.sum(tl.where(seqs_S == seq, num_tokens_S, 0), 0)
     query = (tile - tiles_before) * NUM_QUERIES
     num_queries = tl.minimum(num_tokens - query, NUM_QUERIES)
@@ -101,7 +102,7 @@ def prefill_kernel(
     dims_H = tl.arange(0, BLOCK_H)
     queries_M = rows_M // GROUP
     heads_M = kv_head * GROUP + rows_M % GROUP
-    tokens_M = (tokens_before + query + queries_M).to(tl.int64)
+    tokens_M = (start_token + query + queries_M).to(tl.int64)
     is_row_M = queries_M < num_queries
     is_q_MH = is_row_M[:, None] & (dims_H < HEAD_DIM)[None, :]
     q_offset_M = tokens_M * q_stride_token + heads_M * q_stride_head
@@ -165,6 +166,7 @@ def paged_attention_prefill(
     num_tokens_S: Tensor,
     scale: float,
     *,
+    starts_S: Tensor | None = None,
     k_scale_BKP: Tensor | None = None,
     v_scale_BKP: Tensor | None = None,
     window: int | None = None,
@@ -176,8 +178,9 @@ def paged_attention_prefill(
     """Causal attention of chunks over everything cached before and in them -> [T, N, H].
 
     Sequence s brings num_tokens_S[s] queries (0 is allowed), the first at position
-    first_positions_S[s]; their own keys and values are in the cache already. T may exceed the sum
-    of num_tokens_S: the rows past it stay unwritten. Options as paged_attention_decode has them.
+    first_positions_S[s]; their own keys and values are in the cache already. starts_S: the token in
+    which each one's queries begin; one after the other where it is left out. Tokens of no sequence
+    stay unwritten. Options as paged_attention_decode has them.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
     num_seqs = num_tokens_S.shape[0]
@@ -188,6 +191,8 @@ def paged_attention_prefill(
     assert out_TNH.stride(2) == 1, "the head dim of the output is contiguous"
     if num_tokens == 0:
         return out_TNH
+    if starts_S is None:
+        starts_S = num_tokens_S.cumsum(0) - num_tokens_S
     group = num_heads // num_kv_heads
     config = config or prefill_config(q_TNH.device, head_dim, k_cache_BPKH.dtype)
     rows = max(config.rows, triton.next_power_of_2(group))
@@ -202,6 +207,7 @@ def paged_attention_prefill(
         v_scale_BKP if is_int8 else q_TNH,
         q_TNH if sinks_N is None else sinks_N,
         block_table_SB,
+        starts_S,
         first_positions_S,
         num_tokens_S,
         out_TNH,
@@ -262,6 +268,7 @@ def _aot_case(name: str, *, kv: str, head_dim: int, group: int, rows: int, tile:
             "v_scale_ptr": "*fp16",
             "sinks_ptr": "*fp32",
             "table_ptr": "*i32",
+            "starts_ptr": "*i32",
             "first_positions_ptr": "*i32",
             "num_tokens_ptr": "*i32",
             "out_ptr": f"*{q}",

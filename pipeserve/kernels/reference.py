@@ -144,21 +144,30 @@ def paged_attention_prefill(
     first_positions_S: Tensor,
     num_tokens_S: Tensor,
     scale: float,
+    *,
+    starts_S: Tensor | None = None,
+    out_TNH: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks over everything cached before and in them -> [T, N, H].
 
     Sequence s brings num_tokens_S[s] queries, the first at position first_positions_S[s]; their
-    own keys and values are in the cache already.
+    own keys and values are in the cache already. starts_S: the token in which each one's queries
+    begin; one after the other where it is left out. Tokens of no sequence stay unwritten.
     """
-    out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
-    start = 0
-    chunks = zip(first_positions_S.tolist(), num_tokens_S.tolist(), strict=True)
-    for seq, (first_position, num_tokens) in enumerate(chunks):
+    if out_TNH is None:
+        out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+    if starts_S is None:
+        starts_S = num_tokens_S.cumsum(0) - num_tokens_S
+    chunks = zip(
+        starts_S.tolist(), first_positions_S.tolist(), num_tokens_S.tolist(), strict=True
+    )
+    for seq, (start, first_position, num_tokens) in enumerate(chunks):
         end = start + num_tokens
+        if num_tokens == 0:
+            continue
         out_TNH[start:end] = _chunk_attention(
             q_TNH[start:end], k_cache_BPKH, v_cache_BPKH, block_table_SB[seq], first_position, scale
         )
-        start = end
     return out_TNH
 
 

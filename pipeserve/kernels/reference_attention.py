@@ -84,7 +84,7 @@ def paged_attention_decode(
         window=window,
         soft_cap=soft_cap,
         sinks_N=sinks_N,
-        rows_S=torch.arange(len(lengths_S)),
+        starts_S=torch.arange(len(lengths_S)),
     )
 
 
@@ -102,18 +102,21 @@ def paged_attention_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: Tensor | None = None,
-    rows_S: Tensor | None = None,
+    starts_S: Tensor | None = None,
+    out_TNH: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks over everything cached before and in them -> [T, N, H].
 
     `window`: a query at position i sees positions above i - window. `soft_cap` bends scores to
     cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118, section 2). sinks_N: a logit per head that
-    takes part in the softmax and has no value (gpt-oss). rows_S: where each sequence's queries
-    begin; the chunks follow one another where it is left out. Rows of no chunk are 0.
+    takes part in the softmax and has no value (gpt-oss). starts_S: the token in which each
+    sequence's queries begin; one after the other where it is left out. Tokens of no sequence stay
+    as out_TNH has them, or 0.
     """
-    ends_S = num_tokens_S.cumsum(0)
-    starts_S = ends_S - num_tokens_S if rows_S is None else rows_S
-    out_TNH = torch.zeros(q_TNH.shape, dtype=torch.float32, device=q_TNH.device)
+    if starts_S is None:
+        starts_S = num_tokens_S.cumsum(0) - num_tokens_S
+    if out_TNH is None:
+        out_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
     for seq, num_tokens in enumerate(num_tokens_S.tolist()):
         if num_tokens == 0:
             continue
@@ -136,8 +139,10 @@ def paged_attention_prefill(
         scores_KGTL = scores_KGTL.masked_fill(is_hidden_TL, float("-inf"))
         probs_KGTL = _softmax(scores_KGTL, sinks_N)
         out_TKGH = torch.einsum("kgtl,lkh->tkgh", probs_KGTL, v_LKH)
-        out_TNH[start : start + num_tokens] = out_TKGH.reshape(num_tokens, -1, head_dim)
-    return out_TNH.to(q_TNH.dtype)
+        out_TNH[start : start + num_tokens] = out_TKGH.reshape(num_tokens, -1, head_dim).to(
+            out_TNH.dtype
+        )
+    return out_TNH
 
 
 def _softmax(scores_KGTL: Tensor, sinks_N: Tensor | None) -> Tensor:

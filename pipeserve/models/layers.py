@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,27 +28,29 @@ class PrefillMetadata:
     """Rows that compute a chunk of several tokens, in the order of their tokens."""
 
     block_table_SB: Tensor
+    starts_S: Tensor
+    """The step's token in which each chunk begins."""
     first_positions_S: Tensor
     num_tokens_S: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeMetadata:
-    """Rows that compute one token each."""
+    """Rows that compute one token each, which are the step's first tokens."""
 
     block_table_SB: Tensor
     lengths_S: Tensor
-    """Cache positions that a row's token sees, itself included."""
+    """Cache positions that a row's token sees, itself included; 0: the token is not such a row's.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
-    """Where a step's tokens stand and what they see. Decode rows come before prefill rows."""
+    """Where a step's tokens stand and what they see."""
 
     positions_T: Tensor
     slots_T: Tensor
     """Cache slot that each token's key and value are written to."""
-    num_decode_rows: int
     decode: DecodeMetadata | None
     prefill: PrefillMetadata | None
 
@@ -171,39 +174,35 @@ def paged_attention(
     scale: float,
 ) -> LinearInput:
     """Attention of decode rows and prefill chunks, each by its own kernel -> [T, N * H]."""
-    decode, prefill, num_decode = metadata.decode, metadata.prefill, metadata.num_decode_rows
-    parts: list[LinearInput] = []
+    decode, prefill = metadata.decode, metadata.prefill
+    caches = (cache.k_BPKH, cache.v_BPKH)
+    options: dict[str, Any] = {
+        "k_scale_BKP": cache.k_scale_BKP,
+        "v_scale_BKP": cache.v_scale_BKP,
+        "window": layer.window,
+        "soft_cap": layer.soft_cap,
+        "sinks_N": layer.sinks_N,
+    }
+    decoded: LinearInput | None = None
     if decode is not None:
-        parts.append(
-            kernels.paged_attention_decode(
-                q_TNH[:num_decode],
-                cache.k_BPKH,
-                cache.v_BPKH,
-                decode.block_table_SB,
-                decode.lengths_S,
-                scale,
-                k_scale_BKP=cache.k_scale_BKP,
-                v_scale_BKP=cache.v_scale_BKP,
-                window=layer.window,
-                soft_cap=layer.soft_cap,
-                sinks_N=layer.sinks_N,
-            )
-        )
-    if prefill is not None:
-        parts.append(
-            kernels.paged_attention_prefill(
-                q_TNH[num_decode:],
-                cache.k_BPKH,
-                cache.v_BPKH,
-                prefill.block_table_SB,
-                prefill.first_positions_S,
-                prefill.num_tokens_S,
-                scale,
-                k_scale_BKP=cache.k_scale_BKP,
-                v_scale_BKP=cache.v_scale_BKP,
-                window=layer.window,
-                soft_cap=layer.soft_cap,
-                sinks_N=layer.sinks_N,
-            )
-        )
-    return parts[0] if len(parts) == 1 else torch.cat([values_of(part) for part in parts])
+        q_SNH = q_TNH[: len(decode.lengths_S)]
+        places = (decode.block_table_SB, decode.lengths_S)
+        decoded = kernels.paged_attention_decode(q_SNH, *caches, *places, scale, **options)
+    if prefill is None:
+        assert decoded is not None, "a step has rows"
+        return decoded
+    out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+    if decoded is not None:
+        # All rows that there may be; those that are of a chunk are overwritten.
+        out_TNH.flatten(1)[: len(values_of(decoded))] = values_of(decoded)
+    return kernels.paged_attention_prefill(
+        q_TNH,
+        *caches,
+        prefill.block_table_SB,
+        prefill.first_positions_S,
+        prefill.num_tokens_S,
+        scale,
+        starts_S=prefill.starts_S,
+        out_TNH=out_TNH,
+        **options,
+    )

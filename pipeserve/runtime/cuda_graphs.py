@@ -1,7 +1,8 @@
 """StepGraphs: one stage's steps as CUDA graphs, each for a shape that smaller steps are padded to.
 
 Captured at load, before the stage's thread starts; replayed on that thread. Steps that fit no shape
-(large prefill, which keeps a GPU busy for longer than its launches take) run eagerly.
+(dozens of short prompts at once) run eagerly. Large prefill is replayed, too: it keeps a GPU busy
+for longer than its launches take, but those of several stages wait for each other (GIL).
 
 Shapes: T tokens of a step, N sampled rows, D model dim, V vocabulary.
 """
@@ -25,8 +26,6 @@ from pipeserve.runtime.step_inputs import (
     StepInputs,
     StepShape,
     pack,
-    spread,
-    without_fillers,
 )
 
 
@@ -76,9 +75,7 @@ class StepGraphs:
     def _capture(self, shape: StepShape) -> _Captured:
         # As of a step without a row: every position is a filler's.
         inputs = torch.zeros(sum(shape.sizes), dtype=torch.int64, device=self._device)
-        views = StepInputs.of(inputs, shape)
-        views.positions_S.fill_(PADDING)
-        views.prefill_positions_T.fill_(PADDING)
+        StepInputs.of(inputs, shape).positions_T.fill_(PADDING)
         self._compute(shape, inputs)  # compiles what this shape needs, outside the capture
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
@@ -101,8 +98,8 @@ class StepGraphs:
         captured = self._captured[shape]
         captured.inputs.copy_(int_tensor(pack(batch, shape), self._device))
         if hidden_TD is not None:
-            spread(hidden_TD, batch, shape, out_TD=self._hidden_TD)
+            self._hidden_TD[: len(hidden_TD)].copy_(hidden_TD)
         captured.graph.replay()
         if self._computation.samples:
             return self._out[: int(batch.samples_S.sum())]
-        return without_fillers(self._out, batch, shape)
+        return self._out[: batch.num_tokens]

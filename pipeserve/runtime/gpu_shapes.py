@@ -1,6 +1,7 @@
 """GpuShapes: the shapes in which a GPU stage computes its steps; smaller steps are padded.
 
-Few shapes mean few captured graphs and few compiled kernels. Pure arithmetic.
+Few shapes mean few captured graphs and few compiled kernels. Steps with prefill are padded by all
+their tokens together, whatever part of them is of decode rows. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from bisect import bisect_left
 import torch
 
 from pipeserve.core.batch import MicroBatch, PipelineFacts
-from pipeserve.runtime.step_inputs import StepShape, exact_shape
+from pipeserve.runtime.step_inputs import StepShape, decode_shape
 
-PREFILL_SIZES = (64, 128, 256, 512)
-"""Prefill tokens that mixed steps are padded to."""
-NUM_CHUNKS = 32
-"""Most prefill chunks in a mixed step that is replayed."""
+TOKENS_STEP = 64
+"""Steps with prefill have a multiple of so many tokens."""
+FEW_ROWS = 16
+"""Up to so many decode rows beside prefill, attention is split over the KV cache as for so many."""
+FEWEST_CHUNKS, MOST_CHUNKS = 8, 64
+"""Prefill chunks in the smallest and in the largest steps that are replayed."""
 
 
 def decode_sizes(num_rows: int) -> tuple[int, ...]:
@@ -24,11 +27,12 @@ def decode_sizes(num_rows: int) -> tuple[int, ...]:
     return (*sizes, *range(8, num_rows, 8), num_rows)
 
 
-def mixed_sizes(num_rows: int) -> tuple[int, ...]:
-    """Decode rows beside prefill: none, 8 and then powers of two, up to num_rows."""
-    sizes = [0]
-    while sizes[-1] < num_rows:
-        sizes.append(min(num_rows, max(8, 2 * sizes[-1])))
+def token_sizes(max_batch_tokens: int) -> tuple[int, ...]:
+    """Tokens of steps with prefill: every 64 up to 512, and then 4 sizes to each doubling."""
+    sizes = [TOKENS_STEP]
+    while sizes[-1] < max_batch_tokens:
+        power = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(TOKENS_STEP, power // 4))
     return tuple(sizes)
 
 
@@ -38,54 +42,53 @@ class GpuShapes:
     def __init__(self, *, num_rows: int, max_batch_tokens: int) -> None:
         self._num_rows = num_rows
         self._decode = decode_sizes(num_rows)
-        self._mixed = mixed_sizes(num_rows)
-        self._prefill = tuple(size for size in PREFILL_SIZES if size <= max_batch_tokens)
+        self._tokens = token_sizes(max_batch_tokens)
+        self._mixed_rows = tuple(sorted({0, min(FEW_ROWS, num_rows), num_rows}))
 
     def captured(self) -> list[StepShape]:
         """Largest first: the smaller ones fit into its memory."""
-        shapes = [StepShape(num_decode_rows=size) for size in self._decode]
-        shapes += [
-            self._mixed_shape(rows, tokens) for rows in self._mixed for tokens in self._prefill
-        ]
-        return sorted(shapes, key=lambda shape: shape.num_tokens, reverse=True)
+        mixed = {self._mixed(tokens, rows) for tokens in self._tokens for rows in self._mixed_rows}
+        shapes = [*map(decode_shape, self._decode), *mixed]
+        return sorted(
+            shapes, key=lambda shape: (shape.num_tokens, shape.num_decode_rows), reverse=True
+        )
 
     def find_captured(self, batch: MicroBatch) -> StepShape | None:
         """The smallest captured shape that holds the step; None where there is none."""
-        num_tokens = len(batch.prefill_token_ids)
-        if num_tokens == 0:
-            rows = _next(self._decode, batch.num_decode_rows)
-            return None if rows is None else StepShape(num_decode_rows=rows)
-        rows = _next(self._mixed, batch.num_decode_rows)
-        tokens = _next(self._prefill, num_tokens)
-        if rows is None or tokens is None or batch.num_rows - batch.num_decode_rows > NUM_CHUNKS:
-            return None
-        return self._mixed_shape(rows, tokens)
+        num_decode, num_chunks = batch.num_decode_rows, batch.num_rows - batch.num_decode_rows
+        if num_chunks == 0:
+            return decode_shape(_next(self._decode, num_decode))
+        rows = _next(self._mixed_rows, num_decode)
+        for tokens in self._tokens[bisect_left(self._tokens, batch.num_tokens) :]:
+            shape = self._mixed(tokens, rows)
+            if num_chunks <= shape.num_chunks:
+                return shape
+        return None
 
     def find(self, batch: MicroBatch) -> StepShape:
         """For a step that runs eagerly: rounded up, so that few kernels are compiled."""
-        if batch.num_decode_rows == batch.num_rows:
-            return exact_shape(batch)
-        rows = _round_up(batch.num_decode_rows, 16)
-        chunks = batch.num_rows - batch.num_decode_rows
-        chunks = NUM_CHUNKS if chunks <= NUM_CHUNKS else _round_up(self._num_rows, 16)
-        return StepShape(
-            num_decode_rows=rows,
-            num_prefill_tokens=_round_up(len(batch.prefill_token_ids), 64),
-            num_chunks=chunks,
-            num_samples=self._num_samples(rows, chunks),
-        )
+        num_chunks = batch.num_rows - batch.num_decode_rows
+        if num_chunks == 0:
+            return decode_shape(batch.num_decode_rows)
+        tokens = _round_up(batch.num_tokens, TOKENS_STEP)
+        shape = self._mixed(tokens, _next(self._mixed_rows, batch.num_decode_rows))
+        if num_chunks <= shape.num_chunks:
+            return shape
+        return self._mixed_of(tokens, shape.num_decode_rows, _round_up(self._num_rows, 16))
 
-    def _mixed_shape(self, num_decode_rows: int, num_prefill_tokens: int) -> StepShape:
-        return StepShape(
-            num_decode_rows=num_decode_rows,
-            num_prefill_tokens=num_prefill_tokens,
-            num_chunks=NUM_CHUNKS,
-            num_samples=self._num_samples(num_decode_rows, NUM_CHUNKS),
-        )
+    def _mixed(self, num_tokens: int, num_rows: int) -> StepShape:
+        chunks = max(FEWEST_CHUNKS, min(MOST_CHUNKS, num_tokens // 16))
+        return self._mixed_of(num_tokens, num_rows, chunks)
 
-    def _num_samples(self, num_decode_rows: int, num_chunks: int) -> int:
-        """Every row of the step, of which there are not more than rows at all."""
-        return min(num_decode_rows + num_chunks, _round_up(self._num_rows, 16))
+    def _mixed_of(self, num_tokens: int, num_rows: int, num_chunks: int) -> StepShape:
+        num_rows = min(num_rows, num_tokens)
+        return StepShape(
+            num_tokens=num_tokens,
+            num_decode_rows=num_rows,
+            num_chunks=num_chunks,
+            # Every row of the step, of which there are not more than rows at all.
+            num_samples=min(num_rows + num_chunks, _round_up(self._num_rows, 16)),
+        )
 
 
 def shapes_for(device: torch.device, facts: PipelineFacts) -> GpuShapes | None:
@@ -99,6 +102,6 @@ def _round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _next(sizes: tuple[int, ...], wanted: int) -> int | None:
-    index = bisect_left(sizes, wanted)
-    return sizes[index] if index < len(sizes) else None
+def _next(sizes: tuple[int, ...], wanted: int) -> int:
+    """The smallest that is enough."""
+    return sizes[bisect_left(sizes, wanted)]

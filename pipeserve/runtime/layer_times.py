@@ -278,9 +278,8 @@ class _Trial:
         return seconds_per_call(capture(call, self._stream), self._device)
 
     def _prefill_s(self, parts: StageParts) -> float:
-        """Not captured: a chunk of full size runs eagerly when serving, too."""
         batch = _prefill_batch(self._sizes.chunk_tokens, self._chunk_length, self._facts.num_rows)
-        return seconds_per_call(self._step(parts, batch), self._device)
+        return seconds_per_call(capture(self._step(parts, batch), self._stream), self._device)
 
     def _step(self, parts: StageParts, batch: MicroBatch) -> Call:
         is_padded = parts.shapes is not None and batch.num_decode_rows == 0

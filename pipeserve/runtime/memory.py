@@ -192,12 +192,14 @@ def measure_stage(parts: StageParts, facts: PipelineFacts) -> StageMemory:
 
 
 def _measure_graphs(parts: StageParts) -> int:
-    """Graphs share one pool, whose size the largest of each kind decide; each costs a little more
-    for itself, which the smallest show."""
+    """Graphs share one pool, whose size the largest of each doubling decide; each costs a little
+    more for itself, which the smallest show."""
     assert parts.shapes is not None, "a GPU stage has shapes"
     before, shapes = _free_bytes(parts.device), parts.shapes.captured()
     graphs = parts.make_graphs(parts.shapes)
-    largest = {shape.num_prefill_tokens: shape for shape in reversed(shapes)}.values()
+    largest = {
+        (shape.has_prefill, shape.num_tokens.bit_length()): shape for shape in reversed(shapes)
+    }.values()
     smallest = [shape for shape in shapes[-3:] if shape not in largest]
     graphs.capture(sorted(largest, key=lambda shape: -shape.num_tokens))
     between = _free_bytes(parts.device)

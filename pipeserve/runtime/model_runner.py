@@ -17,13 +17,7 @@ from pipeserve.runtime.gpu_shapes import GpuShapes
 from pipeserve.runtime.sampled import Sampled, to_host
 from pipeserve.runtime.sampler import Sampler
 from pipeserve.runtime.step_computation import StepComputation
-from pipeserve.runtime.step_inputs import (
-    StepInputs,
-    exact_shape,
-    pack,
-    spread,
-    without_fillers,
-)
+from pipeserve.runtime.step_inputs import StepInputs, exact_shape, pack
 
 
 class ModelRunner:
@@ -66,12 +60,13 @@ class ModelRunner:
             shape, max_length = self._shapes.find(batch), None
             if hidden_TD is not None:
                 padded_TD = hidden_TD.new_zeros((shape.num_tokens, hidden_TD.shape[1]))
-                hidden_TD = spread(hidden_TD, batch, shape, out_TD=padded_TD)
+                padded_TD[: len(hidden_TD)].copy_(hidden_TD)
+                hidden_TD = padded_TD
         inputs = StepInputs.of(int_tensor(pack(batch, shape), self._device), shape)
         out = self._computation(inputs, hidden_TD, max_length=max_length)
         if self._computation.samples:
             return out[: int(batch.samples_S.sum())]
-        return without_fillers(out, batch, shape)
+        return out[: batch.num_tokens]
 
     def _sample(self, sampler: Sampler, batch: MicroBatch, logits_SV: Tensor) -> Sampled:
         for start in batch.starts:

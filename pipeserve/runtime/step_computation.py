@@ -24,7 +24,7 @@ from pipeserve.models.layers import (
     PrefillMetadata,
 )
 from pipeserve.runtime.block_table import BlockTable
-from pipeserve.runtime.step_inputs import PADDING, StepInputs
+from pipeserve.runtime.step_inputs import FROM_POOL, PADDING, StepInputs
 from pipeserve.runtime.token_pool import TokenPool
 
 
@@ -59,58 +59,54 @@ class StepComputation:
         x_TD = self.decoder.forward(x_TD, self.caches, self._metadata(inputs, max_length))
         if not self.samples:
             return x_TD
-        if len(inputs.prefill_ids_T) > 0:
+        if len(inputs.chunk_rows_C) > 0:
             x_TD = x_TD.index_select(0, inputs.sampled_tokens_N)
         if len(x_TD) == 0:
             return x_TD.new_empty((0, self.decoder.config.vocab_size))
         return self.decoder.logits(x_TD)
 
     def _embed(self, inputs: StepInputs[Tensor]) -> Tensor:
-        ids_S = self.token_pool.read(inputs.rows_S)
-        if len(inputs.prefill_ids_T) == 0:
-            return self.decoder.embed(ids_S)
-        return self.decoder.embed(torch.cat((ids_S, inputs.prefill_ids_T)))
+        ids_T = self.token_pool.read(inputs.rows_T)
+        if len(inputs.chunk_rows_C) > 0:
+            given_T = inputs.token_ids_T
+            ids_T = torch.where(given_T == FROM_POOL, ids_T, given_T)
+        return self.decoder.embed(ids_T)
 
     def _decode_metadata(
         self, inputs: StepInputs[Tensor], max_length: int | None
     ) -> AttentionMetadata:
         """Of a step without prefill, by a kernel made for it: such steps are short."""
         table = self.block_table
-        slots_S, lengths_S, table_SB = self.decoder.backend.decode_places(
-            table.columns(max_length=max_length), inputs.rows_S, inputs.positions_S,
+        slots_T, lengths_S, table_SB = self.decoder.backend.decode_places(
+            table.columns(max_length=max_length), inputs.rows_T, inputs.positions_T,
             table.block_size,
         )  # fmt: skip
         return AttentionMetadata(
-            positions_T=inputs.positions_S,
-            slots_T=slots_S,
-            num_decode_rows=len(inputs.rows_S),
+            positions_T=inputs.positions_T,
+            slots_T=slots_T,
             decode=DecodeMetadata(block_table_SB=table_SB, lengths_S=lengths_S),
             prefill=None,
         )
 
     def _metadata(self, inputs: StepInputs[Tensor], max_length: int | None) -> AttentionMetadata:
-        if len(inputs.prefill_rows_T) == 0:
+        if len(inputs.chunk_rows_C) == 0:
             return self._decode_metadata(inputs, max_length)
-        table, num_decode = self.block_table, len(inputs.rows_S)
-        rows_T = torch.cat((inputs.rows_S, inputs.prefill_rows_T))
-        positions_T = torch.cat((inputs.positions_S, inputs.prefill_positions_T))
-        slots_T = table.slots(rows_T, positions_T.clamp(min=0))
-        decode = prefill = None
+        table, num_decode = self.block_table, len(inputs.lengths_R)
+        slots_T = table.slots(inputs.rows_T, inputs.positions_T.clamp(min=0))
+        decode = None
         if num_decode > 0:
             decode = DecodeMetadata(
-                block_table_SB=table.rows(inputs.rows_S, max_length=max_length),
-                lengths_S=inputs.positions_S + 1,
-            )
-        if len(inputs.chunk_rows_C) > 0:
-            prefill = PrefillMetadata(
-                block_table_SB=table.rows(inputs.chunk_rows_C, max_length=max_length),
-                first_positions_S=inputs.chunk_first_positions_C,
-                num_tokens_S=inputs.chunk_num_tokens_C,
+                block_table_SB=table.rows(inputs.rows_T[:num_decode], max_length=max_length),
+                lengths_S=inputs.lengths_R,
             )
         return AttentionMetadata(
-            positions_T=positions_T,
-            slots_T=torch.where(positions_T < 0, PADDING, slots_T),
-            num_decode_rows=num_decode,
+            positions_T=inputs.positions_T,
+            slots_T=torch.where(inputs.positions_T < 0, PADDING, slots_T),
             decode=decode,
-            prefill=prefill,
+            prefill=PrefillMetadata(
+                block_table_SB=table.rows(inputs.chunk_rows_C, max_length=max_length),
+                starts_S=inputs.chunk_starts_C,
+                first_positions_S=inputs.chunk_first_positions_C,
+                num_tokens_S=inputs.chunk_num_tokens_C,
+            ),
         )

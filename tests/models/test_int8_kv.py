@@ -43,12 +43,14 @@ def chunk_metadata(first: int, num_tokens: int, num_blocks: int) -> AttentionMet
     is_decode = num_tokens == 1
     decode = DecodeMetadata(block_table_SB=table_SB, lengths_S=first_S + 1)
     prefill = PrefillMetadata(
-        block_table_SB=table_SB, first_positions_S=first_S, num_tokens_S=num_tokens_S
+        block_table_SB=table_SB,
+        starts_S=torch.zeros_like(first_S),
+        first_positions_S=first_S,
+        num_tokens_S=num_tokens_S,
     )
     return AttentionMetadata(
         positions_T=positions_T,
         slots_T=positions_T,
-        num_decode_rows=int(is_decode),
         decode=decode if is_decode else None,
         prefill=None if is_decode else prefill,
     )

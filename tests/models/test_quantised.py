@@ -103,10 +103,10 @@ def run_ids(decoder: Decoder, device: torch.device, token_ids: Sequence[int]) ->
     prefill = AttentionMetadata(
         positions_T=positions,
         slots_T=positions,
-        num_decode_rows=0,
         decode=None,
         prefill=PrefillMetadata(
             block_table_SB=table,
+            starts_S=torch.zeros(1, dtype=torch.int64, device=device),
             first_positions_S=torch.zeros(1, dtype=torch.int64, device=device),
             num_tokens_S=torch.full((1,), first, device=device),
         ),
@@ -115,7 +115,6 @@ def run_ids(decoder: Decoder, device: torch.device, token_ids: Sequence[int]) ->
     decode = AttentionMetadata(
         positions_T=last,
         slots_T=last,
-        num_decode_rows=1,
         decode=DecodeMetadata(block_table_SB=table, lengths_S=last + 1),
         prefill=None,
     )

@@ -15,13 +15,13 @@ from pipeserve.core.sampling import SamplingParams
 from pipeserve.runtime import gpu_shapes, stage_parts
 from pipeserve.runtime.gpu_shapes import GpuShapes
 from pipeserve.runtime.step_inputs import (
+    FROM_POOL,
     PADDING,
     StepInputs,
     StepShape,
+    decode_shape,
     exact_shape,
     pack,
-    spread,
-    without_fillers,
 )
 from tests.models import tiny
 from tests.models.agreement import assert_same_output
@@ -57,12 +57,12 @@ def views(batch: MicroBatch, shape: StepShape) -> dict[str, list[int]]:
 def test_fields_without_fillers() -> None:
     batch = make_batch(2, [3, 2], [False, True])
     assert views(batch, exact_shape(batch)) == {
-        "rows_S": [0, 1],
-        "positions_S": [10, 11],
-        "prefill_ids_T": [100, 101, 102, 103, 104],
-        "prefill_rows_T": [2, 2, 2, 3, 3],
-        "prefill_positions_T": [0, 1, 2, 3, 4],
+        "rows_T": [0, 1, 2, 2, 2, 3, 3],
+        "positions_T": [10, 11, 0, 1, 2, 3, 4],
+        "token_ids_T": [FROM_POOL, FROM_POOL, 100, 101, 102, 103, 104],
+        "lengths_R": [11, 12],
         "chunk_rows_C": [2, 3],
+        "chunk_starts_C": [2, 5],
         "chunk_first_positions_C": [0, 3],
         "chunk_num_tokens_C": [3, 2],
         "sampled_tokens_N": [0, 1, 6],
@@ -71,18 +71,25 @@ def test_fields_without_fillers() -> None:
 
 def test_fields_with_fillers() -> None:
     batch = make_batch(1, [2], [True])
-    shape = StepShape(num_decode_rows=3, num_prefill_tokens=4, num_chunks=2, num_samples=4)
+    shape = StepShape(num_tokens=5, num_decode_rows=3, num_chunks=2, num_samples=4)
     assert views(batch, shape) == {
-        "rows_S": [0, 0, 0],
-        "positions_S": [10, PADDING, PADDING],
-        "prefill_ids_T": [100, 101, 0, 0],
-        "prefill_rows_T": [1, 1, 0, 0],
-        "prefill_positions_T": [0, 1, PADDING, PADDING],
+        "rows_T": [0, 1, 1, 0, 0],
+        "positions_T": [10, 0, 1, PADDING, PADDING],
+        "token_ids_T": [FROM_POOL, 100, 101, 0, 0],
+        "lengths_R": [11, 0, 0],
         "chunk_rows_C": [1, 0],
+        "chunk_starts_C": [1, 0],
         "chunk_first_positions_C": [0, 0],
         "chunk_num_tokens_C": [2, 0],
-        "sampled_tokens_N": [0, 4, 0, 0],
+        "sampled_tokens_N": [0, 2, 0, 0],
     }
+
+
+def test_decode_rows_alone_have_two_fields() -> None:
+    fields = views(make_batch(2, [], []), decode_shape(3))
+    assert fields.pop("rows_T") == [0, 1, 0]
+    assert fields.pop("positions_T") == [10, 11, PADDING]
+    assert not any(fields.values())
 
 
 @st.composite
@@ -94,39 +101,37 @@ def batches(draw: st.DrawFn) -> MicroBatch:
 
 
 @given(batches())
-def test_hidden_states_come_back_from_every_shape(batch: MicroBatch) -> None:
+def test_every_shape_holds_its_step(batch: MicroBatch) -> None:
     shapes = GpuShapes(num_rows=40, max_batch_tokens=10_000)
-    hidden_TD = torch.arange(1.0, batch.num_tokens + 1).unsqueeze(1)
-    for shape in (shapes.find(batch), shapes.find_captured(batch)):
-        if shape is None:
-            continue
-        assert shape.num_decode_rows >= batch.num_decode_rows
-        assert shape.num_chunks >= batch.num_rows - batch.num_decode_rows
-        padded_TD = spread(hidden_TD, batch, shape, out_TD=torch.zeros(shape.num_tokens, 1))
-        assert torch.equal(without_fillers(padded_TD, batch, shape), hidden_TD)
-        ends = np.cumsum(batch.num_tokens_S)[batch.samples_S]
-        sampled = views(batch, shape)["sampled_tokens_N"][: len(ends)]
-        if len(batch.prefill_token_ids) > 0:
-            assert padded_TD[sampled, 0].tolist() == ends.tolist()
-
-
-@given(batches())
-def test_small_steps_have_a_captured_shape(batch: MicroBatch) -> None:
-    shapes = GpuShapes(num_rows=40, max_batch_tokens=10_000)
-    shape = shapes.find_captured(batch)
     num_chunks = batch.num_rows - batch.num_decode_rows
-    assert (shape is None) == (len(batch.prefill_token_ids) > 512 or num_chunks > 32)
-    assert shape is None or shape in shapes.captured()
+    for shape in (shapes.find(batch), shapes.find_captured(batch)):
+        assert shape is not None
+        assert shape.num_tokens >= batch.num_tokens
+        assert shape.num_decode_rows >= batch.num_decode_rows
+        assert shape.num_chunks >= num_chunks
+        assert shape.has_prefill == (num_chunks > 0)
+        if num_chunks > 0:
+            assert shape.num_samples >= batch.samples_S.sum()
+            assert shape.num_decode_rows <= shape.num_tokens
+    assert shape in shapes.captured()
+
+
+def test_too_many_prompts_at_once_have_no_captured_shape() -> None:
+    shapes = GpuShapes(num_rows=200, max_batch_tokens=512)
+    assert shapes.find_captured(make_batch(3, [2] * 33, [True] * 33)) is None
+    shape = shapes.find(make_batch(3, [2] * 33, [True] * 33))
+    assert shape.num_chunks >= 33
+    assert shape.num_tokens == 128
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9, 24, 256])
 def test_captured_shapes_begin_with_the_largest_and_fit_the_rows(num_rows: int) -> None:
-    shapes = GpuShapes(num_rows=num_rows, max_batch_tokens=256).captured()
+    shapes = GpuShapes(num_rows=num_rows, max_batch_tokens=300).captured()
     assert len(set(shapes)) == len(shapes)
-    assert max(shape.num_prefill_tokens for shape in shapes) == 256
     tokens = [shape.num_tokens for shape in shapes]
     assert tokens == sorted(tokens, reverse=True)
-    assert {StepShape(num_decode_rows=rows) for rows in {1, num_rows}} <= set(shapes)
+    assert tokens[0] == 320
+    assert {decode_shape(rows) for rows in {1, num_rows}} <= set(shapes)
 
 
 def always_padded(device: torch.device, facts: PipelineFacts) -> GpuShapes:
