@@ -158,9 +158,7 @@ def paged_attention_prefill(
         out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
     if starts_S is None:
         starts_S = num_tokens_S.cumsum(0) - num_tokens_S
-    chunks = zip(
-        starts_S.tolist(), first_positions_S.tolist(), num_tokens_S.tolist(), strict=True
-    )
+    chunks = zip(starts_S.tolist(), first_positions_S.tolist(), num_tokens_S.tolist(), strict=True)
     for seq, (start, first_position, num_tokens) in enumerate(chunks):
         end = start + num_tokens
         if num_tokens == 0:
