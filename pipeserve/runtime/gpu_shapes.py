@@ -16,24 +16,34 @@ from pipeserve.runtime.step_inputs import StepShape, decode_shape
 TOKENS_STEP = 64
 """Steps with prefill have a multiple of so many tokens."""
 FEW_ROWS = 16
-"""Up to so many decode rows beside prefill, attention is split over the KV cache as for so many."""
+"""The fewest decode rows that steps with prefill have room for, if any."""
 FEWEST_CHUNKS, MOST_CHUNKS = 8, 64
 """Prefill chunks in the smallest and in the largest steps that are replayed."""
 
 
 def decode_sizes(num_rows: int) -> tuple[int, ...]:
-    """1, 2, 4 and then every 8, up to num_rows: rows are padded to the next one."""
-    sizes = [size for size in (1, 2, 4) if size < num_rows]
-    return (*sizes, *range(8, num_rows, 8), num_rows)
+    """1, 2, 4, every 8 up to 128 and then 8 sizes to each doubling, up to num_rows: rows are padded
+    to the next one."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < num_rows:
+        sizes.append(sizes[-1] + max(8, _power_below(sizes[-1]) // 8))
+    return (*(size for size in sizes if size < num_rows), num_rows)
 
 
 def token_sizes(max_batch_tokens: int) -> tuple[int, ...]:
     """Tokens of steps with prefill: every 64 up to 512, and then 4 sizes to each doubling."""
     sizes = [TOKENS_STEP]
     while sizes[-1] < max_batch_tokens:
-        power = 1 << (sizes[-1].bit_length() - 1)
-        sizes.append(sizes[-1] + max(TOKENS_STEP, power // 4))
+        sizes.append(sizes[-1] + max(TOKENS_STEP, _power_below(sizes[-1]) // 4))
     return tuple(sizes)
+
+
+def mixed_rows(num_rows: int) -> tuple[int, ...]:
+    """Decode rows that steps with prefill have room for: none, few, all, and the half and the
+    quarter of all, since a pipeline's stages share the rows among their micro-batches."""
+    shares = {num_rows, -(-num_rows // 2), -(-num_rows // 4)}
+    few = min(FEW_ROWS, num_rows)
+    return (0, few, *sorted(share for share in shares if share > few))
 
 
 class GpuShapes:
@@ -43,7 +53,7 @@ class GpuShapes:
         self._num_rows = num_rows
         self._decode = decode_sizes(num_rows)
         self._tokens = token_sizes(max_batch_tokens)
-        self._mixed_rows = tuple(sorted({0, min(FEW_ROWS, num_rows), num_rows}))
+        self._mixed_rows = mixed_rows(num_rows)
 
     def captured(self) -> list[StepShape]:
         """Largest first: the smaller ones fit into its memory."""
@@ -96,6 +106,11 @@ def shapes_for(device: torch.device, facts: PipelineFacts) -> GpuShapes | None:
     if device.type == "cpu":
         return None
     return GpuShapes(num_rows=facts.num_rows, max_batch_tokens=facts.max_batch_tokens)
+
+
+def _power_below(count: int) -> int:
+    """The largest power of two up to count."""
+    return 1 << (count.bit_length() - 1)
 
 
 def _round_up(count: int, step: int) -> int:

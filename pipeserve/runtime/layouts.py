@@ -15,6 +15,7 @@ from pipeserve.models.registry import check_model
 from pipeserve.runtime.cost_model import OUTPUT_TOKENS, PROMPT_TOKENS
 from pipeserve.runtime.devices import resolve_devices
 from pipeserve.runtime.placement import best_cut, check_options
+from pipeserve.runtime.plan import first_facts
 from pipeserve.runtime.survey import Survey, survey_devices
 
 
@@ -39,27 +40,34 @@ def survey_layouts(gguf_file: GGUFFile, config: Config) -> LayoutSurvey:
     targets = resolve_devices(config.devices, num_layers=model.num_layers)
     check_options(model, config, num_stages=len(targets))
     survey = survey_devices(gguf_file, model, config, targets)
-    return LayoutSurvey(devices=tuple(map(str, targets)), forecasts=forecast_layouts(survey))
+    return LayoutSurvey(
+        devices=tuple(map(str, targets)), forecasts=forecast_layouts(survey, config)
+    )
 
 
-def forecast_layouts(survey: Survey) -> tuple[LayoutForecast, ...]:
+def forecast_layouts(survey: Survey, config: Config) -> tuple[LayoutForecast, ...]:
     """Of every number of replicas that divides the devices evenly, the pipeline (1) first."""
     num_devices = len(survey.devices)
     return tuple(
         LayoutForecast(
             num_replicas=num_replicas,
-            output_tokens_per_s=_total(_shares(survey, num_devices // num_replicas)),
+            output_tokens_per_s=_total(_shares(survey, config, num_devices // num_replicas)),
         )
         for num_replicas in range(1, num_devices + 1)
         if num_devices % num_replicas == 0
     )
 
 
-def _shares(survey: Survey, size: int) -> list[Survey]:
-    devices = survey.devices
+def _shares(survey: Survey, config: Config, size: int) -> list[Survey]:
+    """Of replicas of so many devices, with the rows that each of them would have."""
+    parts = [survey.devices[first : first + size] for first in range(0, len(survey.devices), size)]
     return [
-        replace(survey, devices=devices[first : first + size])
-        for first in range(0, len(devices), size)
+        replace(
+            survey,
+            devices=part,
+            facts=first_facts(survey.model, config, [each.device for each in part]),
+        )
+        for part in parts
     ]
 
 

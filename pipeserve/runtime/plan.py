@@ -22,7 +22,9 @@ from pipeserve.runtime.loading import stage_backend
 CPU_ROWS, CPU_BATCH_TOKENS = 64, 256
 """max_num_seqs and max_num_batched_tokens where they are left out and a stage is on a CPU."""
 GPU_ROWS, GPU_BATCH_TOKENS = 256, 2048
-"""The same where all stages are on GPUs: a dequantised matrix must serve many prompt tokens."""
+"""The same where all stages are on GPUs: rows for each GPU, since their KV caches add up."""
+LARGE_GPU_BYTES, LARGE_GPU_BATCH_TOKENS = 64 * 1024**3, 4096
+"""On cards with so much memory, which are also fast: a dequantised matrix serves more tokens."""
 
 _GRAPH_BYTES = 512 * 1024**2
 """Expected of a GPU stage's CUDA graphs; what they take is measured once the weights are there."""
@@ -187,11 +189,13 @@ def _wanted_context(model: ModelConfig, config: Config) -> int:
 
 def _choose_batch_limits(config: Config, devices: Sequence[torch.device]) -> tuple[int, int]:
     """Rows, and tokens of a micro-batch; a pipeline with a CPU stage moves at its pace."""
-    is_gpu = all(device.type == "cuda" for device in devices)
-    num_rows = config.max_num_seqs or (GPU_ROWS if is_gpu else CPU_ROWS)
-    max_batch_tokens = config.max_num_batched_tokens or max(
-        num_rows, GPU_BATCH_TOKENS if is_gpu else CPU_BATCH_TOKENS
-    )
+    num_rows, max_batch_tokens = CPU_ROWS, CPU_BATCH_TOKENS
+    if all(device.type == "cuda" for device in devices):
+        num_rows = GPU_ROWS * len(set(devices))
+        are_large = all(_memory_bytes(device) >= LARGE_GPU_BYTES for device in devices)
+        max_batch_tokens = LARGE_GPU_BATCH_TOKENS if are_large else GPU_BATCH_TOKENS
+    num_rows = config.max_num_seqs or num_rows
+    max_batch_tokens = config.max_num_batched_tokens or max(num_rows, max_batch_tokens)
     if max_batch_tokens < num_rows:
         raise ConfigError(
             f"max_num_batched_tokens is {max_batch_tokens} and max_num_seqs {num_rows}: a "
@@ -199,3 +203,7 @@ def _choose_batch_limits(config: Config, devices: Sequence[torch.device]) -> tup
             "other"
         )
     return num_rows, max_batch_tokens
+
+
+def _memory_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,23 @@ DECIDED_MARGIN = 0.5
 """Twice the logit error that int8 activations may make at the likeliest tokens."""
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
-@pytest.mark.parametrize(
-    "devices", [("cuda:0",), ("cuda:0", "cuda:0"), ("cuda:0", "cpu")], ids="+".join
-)
+LAST_CARD = f"cuda:{max(0, torch.cuda.device_count() - 1)}"
+"""With one card, the second stage is on it as well."""
+STAGES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "one": (("cuda:0",), {}),
+    "one, int8 KV": (("cuda:0",), {"kv_cache_dtype": "int8"}),
+    "two of a card": (("cuda:0", "cuda:0"), {}),
+    "two of a card, int8 KV": (("cuda:0", "cuda:0"), {"kv_cache_dtype": "int8"}),
+    "card and CPU": (("cuda:0", "cpu"), {}),
+    "card and CPU, int8 KV": (("cuda:0", "cpu"), {"kv_cache_dtype": "int8"}),
+    "two cards, peer copies": (("cuda:0", LAST_CARD), {"hand_off": "peer"}),
+    "two cards, staged": (("cuda:0", LAST_CARD), {"hand_off": "staged"}),
+}
+
+
+@pytest.mark.parametrize(("devices", "options"), STAGES.values(), ids=STAGES)
 def test_demo_model_stays_close_to_float32(
-    devices: tuple[str, ...], kv_cache_dtype: str, demo_model_path: Path
+    devices: tuple[str, ...], options: dict[str, Any], demo_model_path: Path
 ) -> None:
     reference = AutoModelForCausalLM.from_pretrained(
         demo_model_path.parent, gguf_file=demo_model_path.name, dtype=torch.float32
@@ -36,7 +48,6 @@ def test_demo_model_stays_close_to_float32(
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 49152, length).tolist() for length in (3, 17, 40, 90, 200)]
     sampling = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
-    options = {"kv_cache_dtype": kv_cache_dtype}
     with (
         recorded_logits() as record,
         running_driver(demo_model_path, devices, **options) as driver,

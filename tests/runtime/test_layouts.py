@@ -54,13 +54,17 @@ def given_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "_times", times)
 
 
-def make_survey(file: GGUFFile, num_devices: int, **options: object) -> Survey:
-    config = Config(max_num_seqs=16, context_length=1024, **options)  # type: ignore[arg-type]
-    return survey_devices(file, check_model(file), config, (CPU,) * num_devices)
+CONFIG = Config(max_num_seqs=16, context_length=1024)
+
+
+def make_survey(file: GGUFFile, num_devices: int) -> Survey:
+    return survey_devices(file, check_model(file), CONFIG, (CPU,) * num_devices)
 
 
 def rates(survey: Survey) -> dict[int, float | None]:
-    return {each.num_replicas: each.output_tokens_per_s for each in forecast_layouts(survey)}
+    return {
+        each.num_replicas: each.output_tokens_per_s for each in forecast_layouts(survey, CONFIG)
+    }
 
 
 def test_weight_bound_steps_make_replicas_faster(file: GGUFFile) -> None:
@@ -72,8 +76,7 @@ def test_weight_bound_steps_make_replicas_faster(file: GGUFFile) -> None:
 
 
 def test_a_slow_device_brings_what_it_can(file: GGUFFile) -> None:
-    config = Config(max_num_seqs=16, context_length=1024)
-    slowed = survey_devices(file, check_model(file), config, (CPU, CPU), slowdowns=[1.0, 4.0])
+    slowed = survey_devices(file, check_model(file), CONFIG, (CPU, CPU), slowdowns=[1.0, 4.0])
     assert rates(slowed)[2] == pytest.approx(16 / 8e-3 * 1.25)
 
 
@@ -109,4 +112,4 @@ def test_devices_are_found_and_every_layout_is_forecast(file: GGUFFile) -> None:
     assert find_devices(file, config) == ("cpu", "cpu")
     found = survey_layouts(file, config)
     assert found.devices == ("cpu", "cpu")
-    assert found.forecasts == forecast_layouts(make_survey(file, 2))
+    assert found.forecasts == forecast_layouts(make_survey(file, 2), config)
