@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,11 +24,11 @@ from pipeserve.kernels.fp8_reference import Fp8Weight
 from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_reference import LinearInput, values_of
 
-WeightForm = Literal["planar", "dense", "fp8"]
+WeightForm = Literal["planar", "dense", "both", "fp8"]
 """How matrices are held: in the planar layout of their own type where it has one, as plain numbers
-of the backend's type, or as Fp8Weight."""
+of the backend's type, in both ways, or as Fp8Weight."""
 
-Weights = Literal["quantised", "bf16", "fp8"]
+Weights = Literal["quantised", "both", "bf16", "fp8"]
 Activations = Literal["auto", "f16", "int8"]
 
 BiasedWeight = tuple[PlanarWeight, Tensor | None]
@@ -63,6 +64,9 @@ class Backend:
     """The same for matrices of several types, outputs side by side."""
     fp8_linear: Callable[[Tensor, Fp8Weight, Tensor | None], Tensor]
     """The same for a matrix in e4m3."""
+    prepare: Callable[[Sequence[PlanarWeight]], str | None]
+    """Compile what these matrices' products take, where that is better done ahead; what the user
+    should know of a kernel that cannot be had."""
 
 
 def _reference_quant_linear(x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None) -> Tensor:
@@ -88,19 +92,29 @@ REFERENCE = Backend(
     quant_linear=_reference_quant_linear,
     stacked_quant_linear=_reference_stacked_quant_linear,
     fp8_linear=fp8_reference.fp8_linear,
+    prepare=lambda weights: None,
 )
 """Plain torch in float32: the CPU path."""
 
 
 def backend_for(
-    device: torch.device, *, weights: Weights = "quantised", activations: Activations = "auto"
+    device: torch.device,
+    *,
+    weights: Weights = "quantised",
+    activations: Activations = "auto",
+    tuned_folder: Path | None = None,
 ) -> Backend:
     """The kernels for a stage on this device, of the precision that the options name.
 
-    CPU stages compute in float32 whatever these say.
+    CPU stages compute in float32 whatever these say. tuned_folder: where the user's own tables of
+    measured choices lie. Raises TunedTableError.
     """
     if device.type == "cpu":
         return REFERENCE
+    from pipeserve.kernels.quant_tuned import tuned_table
     from pipeserve.kernels.triton_backend import gpu_backend
 
-    return gpu_backend(weights, activations)
+    # A machine without the card can still plan for it.
+    card = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+    table = tuned_table(card, tuned_folder)
+    return gpu_backend(weights, activations, table)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
-_LAUNCH_CLUSTER = 4
+_LAUNCH_CLUSTER, _LAUNCH_EARLY = 4, 6
 _SONAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _TILED_TYPES = {torch.uint8: 0, torch.int32: 3, torch.float16: 6}
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
@@ -137,13 +137,23 @@ class CudaKernel:
     def launch(
         self, *, num_blocks: int, num_threads: int, cluster_size: int, stream: int,
         arguments: Sequence[ctypes.Array[ctypes.c_char] | ctypes.c_void_p | ctypes.c_int],
+        starts_early: bool = False,
     ) -> None:  # fmt: skip
-        """A line of blocks in clusters of cluster_size, which divides their number."""
-        attribute = _LaunchAttribute(id=_LAUNCH_CLUSTER)
-        attribute.value[:3] = (cluster_size, 1, 1)
+        """A line of blocks in clusters of cluster_size, which divides their number; 0 for cards
+        without clusters. starts_early: as dependent_launch has it, whose rules the kernel keeps."""
+        attributes = (_LaunchAttribute * 2)()
+        num_attributes = 0
+        if cluster_size:
+            attributes[num_attributes].id = _LAUNCH_CLUSTER
+            attributes[num_attributes].value[:3] = (cluster_size, 1, 1)
+            num_attributes += 1
+        if starts_early:
+            attributes[num_attributes].id = _LAUNCH_EARLY
+            attributes[num_attributes].value[0] = 1
+            num_attributes += 1
         config = _LaunchConfig(
             grid=(num_blocks, 1, 1), block=(num_threads, 1, 1), shared_bytes=self.shared_bytes,
-            stream=stream, attributes=ctypes.pointer(attribute), num_attributes=1,
+            stream=stream, attributes=attributes, num_attributes=num_attributes,
         )  # fmt: skip
         addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         function = ctypes.c_void_p(self.handle)
@@ -151,10 +161,23 @@ class CudaKernel:
         _check(status, "cuLaunchKernelEx")
 
 
-def load_kernel(cubin: bytes, name: str, shared_bytes: int) -> CudaKernel:
-    """Into the current device's context, for as long as the process lives."""
+def _enter_context(device: torch.device) -> None:
+    """Make the device's primary context this thread's: torch does so only with its first call of
+    the runtime, and not at all for device 0 by naming it."""
+    number, context = ctypes.c_int(), ctypes.c_void_p()
+    driver = _driver()
+    assert device.index is not None, "whose context?"
+    _check(driver.cuDeviceGet(ctypes.byref(number), device.index), "cuDeviceGet")
+    status = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+    _check(status, "cuDevicePrimaryCtxRetain")
+    _check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+def load_kernel(cubin: bytes, name: str, shared_bytes: int, *, device: torch.device) -> CudaKernel:
+    """Onto the device, which must be torch's current one, for as long as the process lives."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     driver = _driver()
+    _enter_context(device)
     _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
     status = driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
     _check(status, "cuModuleGetFunction")

@@ -34,7 +34,7 @@ from pipeserve.kernels.quant_split import CardLimits, card_limits, has_ptx, sum_
 def gemm_kernel(
     x, low, high, scales, mins, supers, bias, out,
     num_tokens, num_rows, num_blocks, blocks_per_part, x_stride, low_stride, high_stride,
-    super_stride, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, PHASES: tl.constexpr,
+    super_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, PHASES: tl.constexpr,
     WIDE: tl.constexpr, EVEN: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, SCALES: tl.constexpr, TABLE: tl.constexpr,
     ASM: tl.constexpr,
@@ -43,7 +43,7 @@ def gemm_kernel(
 
     Planes count in bytes. One product takes the same halves of WIDE blocks that lie PHASES apart,
     and PHASES of them are unrolled, so that shifts within shared planes are constants. Without EVEN
-    the last blocks may lie past the end. out is [parts, T, N].
+    the last blocks may lie past the end. out is [parts, T, N], its tokens out_stride apart.
     """
     first_row = tl.program_id(0) * BLOCK_N
     first_token = tl.program_id(1) * BLOCK_T
@@ -84,7 +84,7 @@ def gemm_kernel(
         shift = tl.load(bias + column, mask=column < num_rows, other=0)
         total += shift.to(tl.float32)[:, None]
     tokens = first_token + tl.arange(0, BLOCK_T)
-    index = (part * num_tokens + tokens).to(tl.int64)[None, :] * num_rows + column[:, None]
+    index = (part * num_tokens + tokens).to(tl.int64)[None, :] * out_stride + column[:, None]
     inside = (column < num_rows)[:, None] & (tokens < num_tokens)[None, :]
     tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)
 
@@ -111,12 +111,13 @@ class GemmTiling:
 
 def gemm(
     x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None = None,
-    *, out_dtype: torch.dtype | None = None, tiling: GemmTiling | None = None,
+    *, out_dtype: torch.dtype | None = None, out_TN: Tensor | None = None,
+    tiling: GemmTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x W^T + b [T, N], in x's type unless told otherwise, for any number of tokens.
 
-    x is f16 or bf16 with rows of unit stride, and weights are rounded to its type. tiling overrides
-    the measured choice.
+    x is f16 or bf16 with rows of unit stride, and weights are rounded to its type. out_TN: written
+    to instead; its rows may lie anywhere. tiling overrides the measured choice.
     """
     num_tokens, num_columns = x_TK.shape
     num_rows, num_blocks = weight.num_rows, weight.scales.shape[1]
@@ -130,23 +131,25 @@ def gemm(
     blocks_per_part = triton.cdiv(triton.cdiv(num_blocks, step), tiling.num_parts) * step
     num_parts = triton.cdiv(num_blocks, blocks_per_part)
     is_whole = num_parts == 1
-    out_dtype = out_dtype or x_TK.dtype
-    out = torch.empty(
-        (num_parts, num_tokens, num_rows), dtype=out_dtype if is_whole else torch.float32,
-        device=x_TK.device,
-    )  # fmt: skip
+    if out_TN is None:
+        out_TN = x_TK.new_empty((num_tokens, num_rows), dtype=out_dtype or x_TK.dtype)
+    assert out_TN.shape == (num_tokens, num_rows) and out_TN.stride(1) == 1, "outputs do not fit"
+    sums = out_TN
+    if not is_whole:
+        sums = x_TK.new_empty((num_parts, num_tokens, num_rows), dtype=torch.float32)
     row_programs = triton.cdiv(num_rows, tiling.block_n)
     high, supers = weight.high, weight.supers
     gemm_kernel[(row_programs, triton.cdiv(num_tokens, tiling.block_t), num_parts)](
         x_TK, weight.low, high, weight.scales, weight.mins,
-        weight.scales if supers is None else supers, bias_N if is_whole else None, out,
+        weight.scales if supers is None else supers, bias_N if is_whole else None, sums,
         num_tokens, num_rows, num_blocks, blocks_per_part, x_TK.stride(0), weight.low.shape[1],
         0 if high is None else high.shape[1], 0 if supers is None else supers.shape[1],
-        BLOCK_N=tiling.block_n, BLOCK_T=tiling.block_t, PHASES=phases, WIDE=tiling.wide,
-        EVEN=num_blocks % step == 0, ASM=has_ptx(x_TK.device), num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages, **layout_constexprs(weight.layout),
+        sums.stride(-2), BLOCK_N=tiling.block_n, BLOCK_T=tiling.block_t, PHASES=phases,
+        WIDE=tiling.wide, EVEN=num_blocks % step == 0, ASM=has_ptx(x_TK.device),
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        **layout_constexprs(weight.layout),
     )  # fmt: skip
-    return out[0] if is_whole else sum_parts(out, bias_N, out_dtype)
+    return out_TN if is_whole else sum_parts(sums, bias_N, out_TN.dtype, out_TN=out_TN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +186,8 @@ def choose_tiling(weight: PlanarWeight, num_tokens: int, limits: CardLimits) -> 
     block_t, wide, num_stages = next(
         candidate
         for candidate in _candidates(preferred_t, phases_of(weight.layout))
-        if _shared_bytes(weight.layout, *candidate) <= limits.shared_bytes
+        if shared_bytes(weight.layout, _PREFERENCES[candidate[0]].block_n, *candidate)
+        <= limits.shared_bytes
     )
     preferred = _PREFERENCES[block_t]
     step = phases_of(weight.layout) * wide
@@ -215,15 +219,19 @@ def _candidates(preferred_t: int, phases: int) -> Iterator[tuple[int, int, int]]
             yield block_t, 1, 2
 
 
-def _shared_bytes(layout: QuantLayout, block_t: int, wide: int, num_stages: int) -> int:
+def shared_bytes(
+    layout: QuantLayout, block_n: int, block_t: int, wide: int, num_stages: int
+) -> int:
     """What the kernel takes at most: tiles in flight, or at its end the sums on their way out."""
-    block_n = _PREFERENCES[block_t].block_n
     num_planes = 2 if layout.high_bits or layout.low_bits == 8 else 1
     row_bytes = PLANE_BYTES * num_planes + 16
     per_stage = phases_of(layout) * wide
     x_bytes = num_stages * per_stage * UNIT * 2 * block_t
     weight_bytes = (num_stages - 1) * per_stage * block_n * row_bytes
     return max(x_bytes + weight_bytes, block_n * block_t * 4)
+
+
+_INTEGERS = ("num_rows", "num_blocks", "blocks_per_part", "x_stride", "out_stride")
 
 
 def _aot_case(type_name: str, dtype: str, block_t: int) -> AotCase:
@@ -236,7 +244,7 @@ def _aot_case(type_name: str, dtype: str, block_t: int) -> AotCase:
             "bias": f"*{dtype}",
             "out": "*fp32",
             "num_tokens": "i32",
-            **dict.fromkeys(("num_rows", "num_blocks", "blocks_per_part", "x_stride"), "i32:16"),
+            **dict.fromkeys(_INTEGERS, "i32:16"),
             **aot_signature(layout, plane="u8"),
         },
         constexprs={

@@ -90,6 +90,8 @@ class PlanarWeight:
     """int32 [N, U] for half_min: minima, as they are subtracted."""
     supers: Tensor | None
     """[N, K / 256]: f16 d and dmin in an int32 where has_min, else d in an int16."""
+    dense_NK: Tensor | None = None
+    """The same matrix dequantised, where it is kept beside for large batches."""
 
     @property
     def layout(self) -> QuantLayout:
@@ -97,7 +99,7 @@ class PlanarWeight:
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.low, self.high, self.scales, self.mins, self.supers)
+        tensors = (self.low, self.high, self.scales, self.mins, self.supers, self.dense_NK)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 

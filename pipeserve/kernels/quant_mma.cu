@@ -355,7 +355,7 @@ DEVICE void keep_sums(const float (&sums)[TILES][BLOCK_T / 2], float *kept) {
 
 // Adds the blocks' sums in the order of their ranks; each block of the cluster takes some tokens.
 DEVICE void store_sums(const Work &work, u32 kept, const u16 *bias, void *out, int num_rows,
-                       int num_tokens) {
+                       int num_tokens, int out_stride) {
     u32 rank = cluster_rank(), size = cluster_size();
     int tokens = min(BLOCK_T, num_tokens - work.first_token);
     constexpr int PAIRS = BLOCK_N / 2;
@@ -375,7 +375,7 @@ DEVICE void store_sums(const Work &work, u32 kept, const u16 *bias, void *out, i
                 : "r"(two));
             total.x += x, total.y += y;
         }
-        size_t index = (size_t)(work.first_token + token) * num_rows + work.first_row + pair;
+        size_t index = (size_t)(work.first_token + token) * out_stride + work.first_row + pair;
         if (OUT_F32) {
             *(float2 *)((float *)out + index) = total;
         } else {
@@ -389,7 +389,7 @@ DEVICE void store_sums(const Work &work, u32 kept, const u16 *bias, void *out, i
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     quant_mma(const __grid_constant__ Maps maps, const void *supers, const void *words,
               const u16 *bias, void *out, int num_rows, int num_tokens, int num_all_steps,
-              int num_token_tiles) {
+              int num_token_tiles, int out_stride) {
     extern __shared__ char shared[];
     char *stages = shared + (1024 - (shared_address(shared) & 1023)) % 1024;
     Rings rings = rings_at(shared_address(stages));
@@ -425,7 +425,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     __syncthreads();  // the sums take the place of the rings
     keep_sums(sums, (float *)stages);
     cluster_sync();
-    store_sums(work, shared_address(stages), bias, out, num_rows, num_tokens);
+    store_sums(work, shared_address(stages), bias, out, num_rows, num_tokens, out_stride);
     __syncwarp();
     cluster_sync();  // no block ends while others read its sums
 }

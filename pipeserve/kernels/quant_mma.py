@@ -1,6 +1,6 @@
 """A batch of f16 rows times a planar quantised matrix on Hopper: the host side of quant_mma.cu.
 
-Measured by bench/quant_sweep.py; no backend uses it yet. takes_mma says for which matrices it is
+Launched by the stage thread, capturable in a CUDA graph; takes_mma says for which matrices it is
 made. Sums are added in a fixed order, so results do not change from run to run. Twin:
 quant_reference.matmul.
 
@@ -9,16 +9,22 @@ Shapes: T tokens, N outputs, K inputs. A step is 256 columns.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from pipeserve.kernels.nvrtc import (
+    CudaDriverError,
     CudaKernel,
     cached_cubin,
     load_kernel,
@@ -98,50 +104,73 @@ def fitted(layout: QuantLayout, variant: MmaVariant) -> MmaVariant | None:
     return None
 
 
-def takes_mma(x_TK: Tensor, weight: PlanarWeight) -> bool:
-    """Whether mma can multiply these: f16 on Hopper, whole steps of columns, aligned rows."""
+def takes_mma(x_TK: Tensor, weight: PlanarWeight, out_TN: Tensor | None = None) -> bool:
+    """Whether mma can multiply these: f16 on Hopper, whole steps of columns, rows of x aligned for
+    the copy engine and those of the output for pairs."""
     return (
         x_TK.dtype == torch.float16
-        and weight.num_columns % STEP_COLUMNS == 0
-        and weight.num_rows % 2 == 0
+        and is_made_for(weight)
         and x_TK.stride(1) == 1
         and x_TK.stride(0) * 2 % _ROW_ALIGNMENT == 0
         and x_TK.data_ptr() % _ROW_ALIGNMENT == 0
-        and has_mma(x_TK.device)
+        and (out_TN is None or _holds_pairs(out_TN))
+        and is_hopper(x_TK.device)
     )
 
 
+def is_made_for(weight: PlanarWeight) -> bool:
+    """What takes_mma asks of the matrix."""
+    return weight.num_columns % STEP_COLUMNS == 0 and weight.num_rows % 2 == 0
+
+
+def _holds_pairs(out_TN: Tensor) -> bool:
+    pair_bytes = 2 * out_TN.element_size()
+    return out_TN.stride(0) % 2 == 0 and out_TN.data_ptr() % pair_bytes == 0
+
+
 @cache
-def has_mma(device: torch.device) -> bool:
-    """Whether it is a Hopper card and NVRTC is there."""
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernel is made for this device."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
-    return torch.cuda.get_device_capability(device) == (9, 0) and nvrtc_library() is not None
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def has_mma(device: torch.device) -> bool:
+    """Whether it is a Hopper card and NVRTC is there."""
+    return is_hopper(device) and nvrtc_library() is not None
 
 
 def mma(
     x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None = None,
-    *, out_dtype: torch.dtype | None = None, tiling: MmaTiling | None = None,
+    *, out_dtype: torch.dtype | None = None, out_TN: Tensor | None = None,
+    tiling: MmaTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x W^T + b [T, N] in f16 or, as out_dtype, float32, for any number of tokens.
 
-    Weights are rounded to f16. tiling overrides the measured choice.
+    Weights are rounded to f16. out_TN: written to instead; its rows may lie anywhere that
+    takes_mma allows. tiling overrides choose_mma_tiling.
     """
     num_tokens, num_rows = x_TK.shape[0], weight.num_rows
     num_steps = weight.num_columns // STEP_COLUMNS
     assert x_TK.shape[1] == weight.num_columns, f"{x_TK.shape[1]}, not {weight.num_columns} columns"
     assert bias_N is None or bias_N.dtype == torch.float16, f"a bias in {bias_N.dtype}"
+    if out_TN is None:
+        out_TN = x_TK.new_empty((num_tokens, num_rows), dtype=out_dtype or x_TK.dtype)
+    assert out_TN.shape == (num_tokens, num_rows) and out_TN.stride(1) == 1, "outputs do not fit"
     if tiling is None:
-        tiling = choose_mma_tiling(weight, num_tokens, x_TK.device)
-    variant, out_dtype = tiling.variant, out_dtype or x_TK.dtype
-    out_TN = torch.empty((num_tokens, num_rows), dtype=out_dtype, device=x_TK.device)
+        multiprocessors = card_limits(x_TK.device).num_multiprocessors
+        tiling = choose_mma_tiling(
+            weight.layout, num_rows, weight.num_columns, num_tokens, multiprocessors
+        )
+    variant = tiling.variant
     token_tiles = -(-num_tokens // variant.block_t)
     row_tiles = -(-num_rows // variant.block_n)
     x_map = tensor_map(x_TK, box_rows=variant.block_t, box_columns=64, swizzle=128)
     maps = _weight_maps(weight, variant.block_n) + x_map
     pointers = (weight.supers, weight.scales, bias_N, out_TN)
-    integers = (num_rows, num_tokens, num_steps, token_tiles)
-    _kernel(weight.type_name, variant, out_dtype, x_TK.device).launch(
+    integers = (num_rows, num_tokens, num_steps, token_tiles, out_TN.stride(0))
+    _kernel(weight.type_name, variant, out_TN.dtype, x_TK.device).launch(
         num_blocks=row_tiles * token_tiles * tiling.num_parts,
         num_threads=variant.num_threads,
         cluster_size=tiling.num_parts,
@@ -225,30 +254,114 @@ def _kernel(
 ) -> CudaKernel:
     cubin = cached_cubin(mma_source(type_name, variant, out_dtype), ARCH)
     with torch.cuda.device(device):
-        return load_kernel(cubin, "quant_mma", shared_bytes(LAYOUTS[type_name], variant))
+        return load_kernel(
+            cubin, "quant_mma", shared_bytes(LAYOUTS[type_name], variant), device=device
+        )
 
 
-_VARIANTS = (
-    MmaVariant(block_t=8, warpgroups=2, tiles=1, num_stages=4, blocks_at_once=2),
-    MmaVariant(block_t=16, warpgroups=2, tiles=1, num_stages=4, blocks_at_once=2),
-    MmaVariant(block_t=32, warpgroups=2, tiles=1, num_stages=3, blocks_at_once=2),
-    MmaVariant(block_t=64, warpgroups=2, tiles=2, num_stages=3, x_blocks=2),
-    MmaVariant(block_t=128, warpgroups=2, tiles=2, num_stages=2, x_blocks=1, x_slots=6),
-    MmaVariant(block_t=128, warpgroups=2, tiles=1, num_stages=3, x_blocks=1, x_slots=6),
-)
-"""By tokens; the last for types whose stages of twice the outputs do not fit. Not yet measured."""
+@cache
+def why_not_loaded(type_name: str, variant: MmaVariant, device: torch.device) -> str | None:
+    """Loads the kernel with outputs in f16, compiling it where need be; what is in the way, or
+    None. Asked once and for all: what failed is not tried again."""
+    try:
+        _kernel(type_name, variant, torch.float16, device)
+    except (CudaDriverError, OSError) as problem:
+        return str(problem)
+    return None
 
 
-def choose_mma_tiling(weight: PlanarWeight, num_tokens: int, device: torch.device) -> MmaTiling:
-    """The smallest variant that holds the tokens, and parts until all multiprocessors have work."""
-    most = _VARIANTS[-1].block_t
-    wanted = [variant for variant in _VARIANTS if variant.block_t >= min(num_tokens, most)]
-    fitting = (fitted(weight.layout, variant) for variant in wanted)
-    variant = next(variant for variant in fitting if variant is not None)
-    num_tiles = -(-weight.num_rows // variant.block_n) * -(-num_tokens // variant.block_t)
-    places = card_limits(device).num_multiprocessors * variant.blocks_at_once
-    most_parts = min(MAX_PARTS, weight.num_columns // STEP_COLUMNS)
+def compile_ahead(kernels: Sequence[tuple[str, MmaVariant]]) -> None:
+    """Machine code of (type, variant) into the cache on all cores, about 0.3 s of one core each;
+    failures are left to who loads it."""
+
+    def compile_one(kernel: tuple[str, MmaVariant]) -> None:
+        with contextlib.suppress(CudaDriverError, OSError):
+            cached_cubin(mma_source(*kernel, torch.float16), ARCH)
+
+    num_threads = max(1, min(len(kernels), os.cpu_count() or 1))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="nvrtc") as executor:
+        list(executor.map(compile_one, kernels))
+
+
+_VARIANTS: Mapping[int, tuple[MmaVariant, ...]] = MappingProxyType(
+    {
+        **{
+            block_t: (
+                MmaVariant(
+                    block_t=block_t, warpgroups=1, tiles=1, num_stages=4, blocks_at_once=4
+                ),
+            )
+            for block_t in (8, 16, 32)
+        },
+        64: (
+            MmaVariant(
+                block_t=64, warpgroups=2, tiles=1, num_stages=3, x_blocks=2, x_slots=3,
+                blocks_at_once=2,
+            ),
+        ),
+        128: tuple(
+            MmaVariant(
+                block_t=128, warpgroups=warpgroups, tiles=1, num_stages=3, x_blocks=1, x_slots=6
+            )
+            for warpgroups in (4, 2)
+        ),
+        256: (
+            MmaVariant(block_t=256, warpgroups=2, tiles=1, num_stages=3, x_blocks=1, x_slots=4),
+        ),
+    }
+)  # fmt: skip
+"""By the tokens of a block, best first: the second where the first one's outputs do not fit."""
+_HALVED = 128
+"""More tokens than this go in tiles of so many where all blocks then run at once: two such blocks
+of 128 outputs are faster than one of 256 tokens."""
+_MIN_STEPS = 4
+"""Of a part: parts cost their start, and that their sums meet."""
+
+
+def choose_mma_tiling(
+    layout: QuantLayout,
+    num_rows: int,
+    num_columns: int,
+    num_tokens: int,
+    num_multiprocessors: int,
+) -> MmaTiling:
+    """The smallest tile that holds the tokens, and parts as long as all blocks run at once.
+
+    A rule without measured times, within 80 % of the best variant on an H200
+    (tests/kernels/test_quant_tuned.py).
+    """
+    variant = _choose_variant(layout, num_rows, num_tokens, num_multiprocessors)
+    num_tiles = _num_tiles(variant, num_rows, num_tokens)
+    num_places = num_multiprocessors * variant.blocks_at_once
+    # Large sums are slow to meet.
+    most_parts = MAX_PARTS if variant.block_t < _HALVED else MAX_PARTS // 2
+    most_parts = min(most_parts, num_columns // STEP_COLUMNS // _MIN_STEPS)
     num_parts = 1
-    while num_parts * 2 <= most_parts and num_tiles * num_parts * 2 <= places * 1.1:
+    while num_parts * 2 <= most_parts and num_tiles * num_parts * 2 <= num_places:
         num_parts *= 2
     return MmaTiling(variant=variant, num_parts=num_parts)
+
+
+def _choose_variant(
+    layout: QuantLayout, num_rows: int, num_tokens: int, num_multiprocessors: int
+) -> MmaVariant:
+    block_t = next((size for size in _VARIANTS if size >= num_tokens), max(_VARIANTS))
+    if block_t > _HALVED:
+        halved = _fitting(layout, _VARIANTS[_HALVED][-1:])
+        if _num_tiles(halved, num_rows, num_tokens) <= num_multiprocessors:
+            return halved
+    return _fitting(layout, _VARIANTS[block_t])
+
+
+def _num_tiles(variant: MmaVariant, num_rows: int, num_tokens: int) -> int:
+    return -(-num_rows // variant.block_n) * -(-num_tokens // variant.block_t)
+
+
+def _fitting(layout: QuantLayout, variants: Sequence[MmaVariant]) -> MmaVariant:
+    """The first that fits, with fewer blocks at once where it does not with its own."""
+    return next(
+        found
+        for variant in variants
+        for num_blocks in range(variant.blocks_at_once, 0, -1)
+        if (found := fitted(layout, replace(variant, blocks_at_once=num_blocks))) is not None
+    )

@@ -78,6 +78,10 @@ class StackedQuantLinear:
         self._parts = [(part.weight, part.bias_O) for part in parts]
         self._backend = backend
 
+    @property
+    def weights(self) -> list[PlanarWeight]:
+        return [weight for weight, _ in self._parts]
+
     def __call__(self, x_TI: LinearInput) -> Tensor:
         return self._backend.stacked_quant_linear(x_TI, self._parts)
 
@@ -111,10 +115,10 @@ class StackedLinear:
     """Rows that are held in different ways, such as q and k quantised and v as floats."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
-        self._parts = parts
+        self.parts = parts
 
     def __call__(self, x_TI: LinearInput) -> Tensor:
-        return torch.cat([part(x_TI) for part in self._parts], dim=-1)
+        return torch.cat([part(x_TI) for part in self.parts], dim=-1)
 
 
 def make_linear(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Linear:
@@ -138,6 +142,18 @@ def stack_linears(parts: Sequence[Linear], backend: Backend) -> Linear:
     if len(quantised) == len(parts):
         return StackedQuantLinear(quantised, backend)
     return StackedLinear(parts)
+
+
+def planar_weights(linear: Linear) -> list[PlanarWeight]:
+    """The matrices of it that stay quantised."""
+    match linear:
+        case QuantLinear():
+            return [linear.weight]
+        case StackedQuantLinear():
+            return linear.weights
+        case StackedLinear():
+            return [weight for part in linear.parts for weight in planar_weights(part)]
+    return []
 
 
 def make_head(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Linear:
@@ -196,4 +212,5 @@ def _select_rows(weight: PlanarWeight, rows_T: Tensor) -> PlanarWeight:
         scales=weight.scales.index_select(0, rows_T),
         mins=select(weight.mins),
         supers=select(weight.supers),
+        dense_NK=None,
     )

@@ -165,11 +165,14 @@ def is_uploaded(info: TensorInfo, device: torch.device, backend: Backend) -> boo
 
 
 def make_matrix(parts: Sequence[Rows], backend: Backend, form: WeightForm) -> Matrix:
-    """One matrix of all rows, in this form where it is to be had: planar needs blocks of one type,
-    fp8 sides of multiples of 16; dense is what else there is."""
+    """One matrix of all rows, in this form where it is to be had: planar and both need blocks of
+    one type, fp8 sides of multiples of 16; dense is what else there is."""
     type_name = parts[0].type_name
-    if form == "planar" and type_name is not None:
-        return repack_parts([part.values for part in parts], type_name)
+    if form in ("planar", "both") and type_name is not None:
+        weight = repack_parts([part.values for part in parts], type_name)
+        if form == "planar":
+            return weight
+        return dataclasses.replace(weight, dense_NK=backend.dequantise(weight))
     num_rows = sum(part.values.shape[0] for part in parts)
     if form == "fp8" and has_fp8_shape(num_rows, parts[0].num_columns):
         return _fp8_matrix(parts, num_rows, backend)
@@ -212,7 +215,7 @@ def fuse(
     backend: Backend,
     form: WeightForm,
 ) -> Linear:
-    """One linear of all rows, in this form; those of the same type, if it is planar, become one
+    """One linear of all rows, in this form; those of the same type, if it keeps types, become one
     matrix, else all.
 
     A part without a bias gets zeros where another part has one.
@@ -220,7 +223,7 @@ def fuse(
     linears: list[Linear] = []
     for _, group in itertools.groupby(
         zip(parts, biases, strict=True),
-        key=lambda part: part[0].type_name if form == "planar" else None,
+        key=lambda part: part[0].type_name if form in ("planar", "both") else None,
     ):
         rows, group_biases = zip(*group, strict=True)
         matrix = make_matrix(rows, backend, form)
@@ -230,7 +233,7 @@ def fuse(
 
 def read_global_matrix(weights: WeightReader, name: str) -> Matrix:
     """An embedding or output head, which no form but dense and planar is for."""
-    form: WeightForm = "planar" if weights.backend.weight_form == "planar" else "dense"
+    form = form_of(name, weights.backend, num_layers=0)
     return make_matrix([weights.rows(name)], weights.backend, form)
 
 
@@ -249,8 +252,13 @@ def form_of(name: str, backend: Backend, num_layers: int) -> WeightForm:
     15; with the best scale per row as well (quantise_rows) 13, 18, 13; with the first three layers
     dense instead of one 12, 17, 10. What stays dense is 23 % of the layers of an 8B model.
     """
-    if backend.weight_form != "fp8":
-        return backend.weight_form
+    match backend.weight_form, name.split("."):
+        case "both", ["blk", *_]:
+            return "both"
+        case "both", _:
+            return "planar"
+        case "planar" | "dense" as form, _:
+            return form
     match name.split("."):
         case ["blk", _, "attn_q" | "attn_k" | "attn_v", _]:
             return "dense"
@@ -285,8 +293,9 @@ def device_bytes(info: TensorInfo, backend: Backend, num_layers: int) -> int:
     num_values, form = math.prod(info.shape), form_of(info.name, backend, num_layers)
     if len(info.shape) == 1:
         return num_values * 4
-    if form == "planar" and info.type.name in LAYOUTS:
-        return planar_bytes(info.type.name, info.num_rows, info.shape[-1])
+    if form in ("planar", "both") and info.type.name in LAYOUTS:
+        dense_bytes = num_values * backend.dtype.itemsize if form == "both" else 0
+        return planar_bytes(info.type.name, info.num_rows, info.shape[-1]) + dense_bytes
     if form == "fp8" and has_fp8_shape(info.num_rows, info.shape[-1]):
         return num_values + info.num_rows * 4
     return num_values * backend.dtype.itemsize

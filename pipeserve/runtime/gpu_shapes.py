@@ -68,11 +68,12 @@ class GpuShapes:
         num_decode, num_chunks = batch.num_decode_rows, batch.num_rows - batch.num_decode_rows
         if num_chunks == 0:
             return decode_shape(_next(self._decode, num_decode))
-        rows = _next(self._mixed_rows, num_decode)
+        num_samples = int(batch.samples_S.sum())
         for tokens in self._tokens[bisect_left(self._tokens, batch.num_tokens) :]:
-            shape = self._mixed(tokens, rows)
-            if num_chunks <= shape.num_chunks:
-                return shape
+            for rows in self._mixed_rows[bisect_left(self._mixed_rows, num_decode) :]:
+                shape = self._mixed(tokens, rows)
+                if num_chunks <= shape.num_chunks and num_samples <= shape.num_samples:
+                    return shape
         return None
 
     def find(self, batch: MicroBatch) -> StepShape:
@@ -81,23 +82,25 @@ class GpuShapes:
         if num_chunks == 0:
             return decode_shape(batch.num_decode_rows)
         tokens = _round_up(batch.num_tokens, TOKENS_STEP)
-        shape = self._mixed(tokens, _next(self._mixed_rows, batch.num_decode_rows))
-        if num_chunks <= shape.num_chunks:
-            return shape
-        return self._mixed_of(tokens, shape.num_decode_rows, _round_up(self._num_rows, 16))
+        rows = _next(self._mixed_rows, batch.num_decode_rows)
+        most_rows = _round_up(self._num_rows, 16)
+        return StepShape(
+            num_tokens=tokens,
+            num_decode_rows=min(rows, tokens),
+            num_chunks=MOST_CHUNKS if num_chunks <= MOST_CHUNKS else most_rows,
+            num_samples=most_rows,
+        )
 
     def _mixed(self, num_tokens: int, num_rows: int) -> StepShape:
-        chunks = max(FEWEST_CHUNKS, min(MOST_CHUNKS, num_tokens // 16))
-        return self._mixed_of(num_tokens, num_rows, chunks)
-
-    def _mixed_of(self, num_tokens: int, num_rows: int, num_chunks: int) -> StepShape:
         num_rows = min(num_rows, num_tokens)
+        num_chunks = max(FEWEST_CHUNKS, min(MOST_CHUNKS, num_tokens // 16))
+        # With many rows, not all of them decode while so many chunks end.
+        num_samples = num_chunks if num_rows == 0 else max(num_rows, FEW_ROWS + num_chunks)
         return StepShape(
             num_tokens=num_tokens,
             num_decode_rows=num_rows,
             num_chunks=num_chunks,
-            # Every row of the step, of which there are not more than rows at all.
-            num_samples=min(num_rows + num_chunks, _round_up(self._num_rows, 16)),
+            num_samples=min(num_samples, _round_up(self._num_rows, 16)),
         )
 
 

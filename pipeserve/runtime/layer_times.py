@@ -35,7 +35,7 @@ from pipeserve.runtime.cost_model import (
     LayerTimes,
 )
 from pipeserve.runtime.devices import int_tensor
-from pipeserve.runtime.loading import stage_backend
+from pipeserve.runtime.loading import prepare_kernels, stage_backend
 from pipeserve.runtime.stage_parts import StageParts, make_parts
 from pipeserve.runtime.step_inputs import StepInputs, exact_shape, pack
 from pipeserve.runtime.timing import Call, capture, give_back, seconds_per_call
@@ -208,13 +208,16 @@ class _Trial:
         ]
         layers = [decoder.layers[0] for decoder in decoders]
         layers = layers if len(layers) > 1 else layers * 2
-        return replace(decoders[0], embedding=None, layers=layers)
+        decoder = replace(decoders[0], embedding=None, layers=layers)
+        prepare_kernels(decoder)
+        return decoder
 
     def _measure_head(self) -> Curve:
         """Final norm, head and a draw at temperature 1."""
         num_layers, device = self._model.num_layers, self._device
         last = LayerRange(first=num_layers - 1, end=num_layers, num_layers=num_layers)
         decoder = find_family(self._file).load(self._model, last, self._weights())
+        prepare_kernels(decoder)
         sampling = sampling_backend_for(device)
 
         def sampled_s(num_rows: int) -> float:

@@ -21,8 +21,10 @@ from pipeserve.gguf.header import TensorInfo
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.kernels.backend import Backend, backend_for
 from pipeserve.kernels.quant_layout import LAYOUTS
+from pipeserve.kernels.tuned_files import TunedTableError, own_folder
 from pipeserve.models.config import ModelConfig
 from pipeserve.models.layers import Decoder
+from pipeserve.models.linear import planar_weights
 from pipeserve.models.loader import (
     FLOATS,
     LayerRange,
@@ -42,7 +44,8 @@ def stage_backend(device: torch.device, config: Config) -> Backend:
     """The kernels of a stage, of the precision that the options name.
 
     Raises:
-        ConfigError: the card cannot multiply 8-bit floats.
+        ConfigError: the card cannot multiply 8-bit floats, or the user's own table of measured
+            choices for it cannot be read.
     """
     if config.weights == "fp8" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -52,7 +55,15 @@ def stage_backend(device: torch.device, config: Config) -> Backend:
                 f"{device} ({torch.cuda.get_device_name(device)}) has "
                 f'{capability[0]}.{capability[1]}: set weights to "quantised" or "bf16"'
             )
-    return backend_for(device, weights=config.weights, activations=config.activations)
+    try:
+        return backend_for(
+            device,
+            weights=config.weights,
+            activations=config.activations,
+            tuned_folder=own_folder(config.cache_dir),
+        )
+    except TunedTableError as problem:
+        raise ConfigError(str(problem)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +142,9 @@ def load_decoders(
     num_workers = min(len(shares), os.cpu_count() or 1)
     with ThreadPoolExecutor(num_workers, thread_name_prefix="load") as executor:
         decoders = list(executor.map(load, range(len(shares))))
+    for problem in dict.fromkeys(map(prepare_kernels, decoders)):
+        if problem is not None:
+            on_progress(LoadNotice(text=problem))
     if any(device.type == "cuda" for device in devices):
         torch.cuda.empty_cache()  # who sizes the KV cache asks the driver what is free
     return decoders
@@ -163,6 +177,20 @@ def _load_share(
     return decoder
 
 
+def prepare_kernels(decoder: Decoder) -> str | None:
+    """Compile what the decoder's matrices take; what the user should know of it."""
+    linears = [
+        linear
+        for layer in decoder.layers
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
+    ]
+    if decoder.head is not None:
+        linears.append(decoder.head.output)
+    return decoder.backend.prepare(
+        [weight for linear in linears for weight in planar_weights(linear)]
+    )
+
+
 def notices(shares: Sequence[Share], config: Config) -> list[str]:
     """What loading will do that the user may not expect."""
     texts = []
@@ -175,7 +203,8 @@ def notices(shares: Sequence[Share], config: Config) -> list[str]:
     for share in shares:
         for info in share.tensors:
             is_known = info.type.name in LAYOUTS or info.type.name in FLOATS
-            if share.backend.weight_form == "planar" and len(info.shape) == 2 and not is_known:
+            keeps_types = share.backend.weight_form in ("planar", "both")
+            if keeps_types and len(info.shape) == 2 and not is_known:
                 in_file[info.type.name] += info.num_bytes
                 on_card[info.type.name] += device_bytes(
                     info, share.backend, share.layers.num_layers

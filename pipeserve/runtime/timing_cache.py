@@ -24,6 +24,7 @@ import pipeserve
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
 from pipeserve.gguf.reader import GGUFFile
+from pipeserve.kernels.tuned_files import file_stem, find_table, own_folder
 from pipeserve.models.config import ModelConfig
 from pipeserve.runtime.cost_model import DeviceTimes
 from pipeserve.runtime.layer_times import layer_kinds, timing_sizes
@@ -33,6 +34,7 @@ _FORMAT = 1
 """Raise it when times come to mean something else."""
 _TIMES = TypeAdapter(DeviceTimes)
 _MEASURED_CODE = ("kernels", "models", "runtime/layer_times.py", "runtime/step_computation.py")
+_CODE_SUFFIXES = frozenset({".py", ".cu"})
 _OPTIONS = ("weights", "activations", "kv_cache_dtype", "threads_per_stage", "block_size")
 
 Key = Mapping[str, Any]
@@ -53,6 +55,7 @@ def timing_key(
     return {
         "format": _FORMAT,
         "device": device_name(device),
+        "tuned": _tuned_digest(device, config),
         "software": f"{pipeserve.__version__} {_code_digest()} {torch.__version__}",
         "model": str(dataclasses.replace(model, num_layers=0)),
         "kinds": sorted(set(kinds)),
@@ -74,8 +77,7 @@ def cached_times(folder: Path, key: Key, measure: Callable[[], DeviceTimes]) -> 
     """What the folder holds under this key, else what is measured now, which is then kept."""
     text = json.dumps(key, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    name = re.sub(r"[^a-z0-9]+", "-", key["device"].lower()).strip("-")
-    path = folder / f"{name}-{digest}.json"
+    path = folder / f"{file_stem(key['device'])}-{digest}.json"
     times = _read(path, json.loads(text))
     if times is None:
         times = measure()
@@ -112,9 +114,16 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     for name in _MEASURED_CODE:
         place = root / name
-        for path in sorted(place.glob("*.py")) if place.is_dir() else [place]:
-            digest.update(path.read_bytes())
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.suffix in _CODE_SUFFIXES:
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
+
+
+def _tuned_digest(device: torch.device, config: Config) -> str | None:
+    """Of the measured kernel choices for the card, which may be the user's own."""
+    path = find_table(device_name(device), own_folder(config.cache_dir))
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
 def _cpu_name() -> str:

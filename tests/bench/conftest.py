@@ -1,12 +1,19 @@
-"""Commands run in this process here; what they set for the whole process is put back."""
+"""Commands run in this process here; what they set for the whole process is put back. Without a GPU
+kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 import structlog
+import torch
+
+# Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

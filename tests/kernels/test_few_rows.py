@@ -22,9 +22,10 @@ pytest.importorskip("triton", reason="Triton is a development dependency; it is 
 from pipeserve.kernels import fused, rotary
 from pipeserve.kernels.attention_decode import paged_attention_decode, rounds_output
 from pipeserve.kernels.quant_gemv import gemv
+from pipeserve.kernels.quant_products import GEMV_ROWS
 from pipeserve.kernels.rounded_rows import empty_rows, quantise_rows
 from pipeserve.kernels.step_places import decode_places
-from pipeserve.kernels.triton_backend import GEMV_ROWS, gpu_backend
+from pipeserve.kernels.triton_backend import gpu_backend
 
 EPS = 1e-5
 

@@ -109,6 +109,21 @@ def test_gemm_tiles_parts_and_bias(type_name: str, wide: int, device: torch.devi
         assert torch.equal(got, gemm(x, weight, bias, tiling=tiling))
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_gemm_writes_columns_of_a_wider_output(num_parts: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    weight = random_weight("Q4_K", 5, 512, device)
+    bias = torch.randn(5, device=device).half()
+    x = torch.randn(6, 512, device=device).half()
+    out = torch.full((6, 9), 7.0, device=device, dtype=torch.float16)
+    tiling = GemmTiling(
+        block_n=32, block_t=16, wide=1, num_warps=2, num_stages=2, num_parts=num_parts
+    )
+    gemm(x, weight, bias, out_TN=out[:, 2:7], tiling=tiling)
+    assert torch.equal(out[:, 2:7], gemm(x, weight, bias, tiling=tiling))
+    assert out[:, :2].eq(7.0).all() and out[:, 7:].eq(7.0).all()
+
+
 @pytest.mark.parametrize("type_name", TYPES)
 def test_smaller_cards_get_smaller_tiles(type_name: str) -> None:
     """The x tiles alone, in two stages at least, are within each card's shared memory."""

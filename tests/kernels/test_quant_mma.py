@@ -119,13 +119,12 @@ def test_unpacking(type_name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("type_name", TYPES)
 def test_blocks_fit_their_shared_memory(type_name: str) -> None:
     layout = LAYOUTS[type_name]
-    weight = random_weight(type_name, 64, 512, torch.device("cpu"))
-    device = torch.device("cpu")
-    for num_tokens in (1, 9, 20, 64, 100, 300):
-        tiling = choose_mma_tiling(weight, num_tokens, device)
-        assert shared_bytes(layout, tiling.variant) <= 227 * 1024
-        assert tiling.variant.block_t >= min(num_tokens, 128)
-        assert 1 <= tiling.num_parts <= 2, "two steps make at most two parts"
+    for num_rows in (64, 4096, 128_256):
+        for num_tokens in (1, 9, 20, 64, 100, 300):
+            tiling = choose_mma_tiling(layout, num_rows, 2048, num_tokens, 132)
+            assert shared_bytes(layout, tiling.variant) <= 227 * 1024
+            assert tiling.variant.block_t >= min(num_tokens, 128)
+            assert 1 <= tiling.num_parts <= 2, "eight steps make at most two parts"
     wide = MmaVariant(block_t=64, warpgroups=4, tiles=2, num_stages=9)
     less = fitted(layout, wide)
     if less is not None:
@@ -163,7 +162,7 @@ def test_mma(type_name: str, num_tokens: int, hopper: torch.device) -> None:
     x = torch.randn(num_tokens, 1280 + 64, device=hopper).half()[:, :1280]
     bias = torch.randn(330, device=hopper).half()
     wanted = quant_reference.matmul(x.float(), weight, bias.float())
-    chosen = choose_mma_tiling(weight, num_tokens, hopper)
+    chosen = choose_mma_tiling(LAYOUTS[type_name], 330, 1280, num_tokens, 132)
     for num_parts in (1, 2, 4):
         tiling = MmaTiling(variant=chosen.variant, num_parts=num_parts)
         got = mma(x, weight, bias, out_dtype=torch.float32, tiling=tiling)
@@ -171,6 +170,23 @@ def test_mma(type_name: str, num_tokens: int, hopper: torch.device) -> None:
     half = mma(x, weight, bias)
     assert half.dtype == torch.float16 and half.shape == (num_tokens, 330)
     assert relative_error(half, wanted) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_mma_writes_columns_of_a_wider_output(num_parts: int, hopper: torch.device) -> None:
+    torch.manual_seed(0)
+    weight = random_weight("Q4_K", 330, 2048, hopper)
+    bias = torch.randn(330, device=hopper).half()
+    x = torch.randn(21, 2048, device=hopper).half()
+    chosen = choose_mma_tiling(LAYOUTS["Q4_K"], 330, 2048, 21, 132)
+    tiling = MmaTiling(variant=chosen.variant, num_parts=num_parts)
+    out = torch.full((21, 400), 7.0, device=hopper, dtype=torch.float16)
+    part = out[:, 10:340]
+    assert takes_mma(x, weight, part) and not takes_mma(x, weight, out[:, 11:341])
+    mma(x, weight, bias, out_TN=part, tiling=tiling)
+    assert torch.equal(part, mma(x, weight, bias, tiling=tiling))
+    assert out[:, :10].eq(7.0).all() and out[:, 340:].eq(7.0).all()
 
 
 @pytest.mark.gpu

@@ -32,8 +32,8 @@ from pipeserve.models.layers import (
     LayerCache,
     PrefillMetadata,
 )
-from pipeserve.models.linear import Fp8Linear
-from pipeserve.models.loader import LayerRange, Rows, WeightReader, make_matrix
+from pipeserve.models.linear import Fp8Linear, QuantLinear
+from pipeserve.models.loader import LayerRange, Rows, WeightReader, device_bytes, make_matrix
 from pipeserve.models.registry import check_model, find_family
 from tests.models import tiny
 
@@ -164,6 +164,22 @@ def test_gpu_kernels_stay_close_to_float32(type_name: str, num_tokens: int, tmp_
     ours = run(load(path, cuda, backend_for(cuda), keeps_quantised=True), cuda, num_tokens)
     plain = run(load(path, CPU, backend_for(CPU), keeps_quantised=False), CPU, num_tokens)
     assert mean_kl(ours, plain) < 5e-3
+
+
+def test_both_forms_hold_the_same_values(tmp_path: Path) -> None:
+    path = write_mixed(tmp_path / "m.gguf", GGMLQuantizationType.Q4_K, tied=True)
+    both = dataclasses.replace(REFERENCE, weight_form="both")
+    decoder = load_as_is(path, CPU, both)
+    down = decoder.layers[0].down
+    assert isinstance(down, QuantLinear) and down.weight.dense_NK is not None
+    torch.testing.assert_close(down.weight.dense_NK, REFERENCE.dequantise(down.weight))
+    head = decoder.head.output if decoder.head is not None else None
+    assert isinstance(head, QuantLinear) and head.weight.dense_NK is None
+    with GGUFFile.open(path) as gguf_file:
+        info = gguf_file.tensors["blk.0.ffn_down.weight"]
+        assert device_bytes(info, both, 2) == down.weight.num_bytes
+    plain = run(load(path, CPU, REFERENCE, keeps_quantised=False), CPU)
+    torch.testing.assert_close(run(decoder, CPU), plain, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("type_name", ["Q4_K", "F16", "IQ2_XS"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from pipeserve.config import Config
 from pipeserve.core.loading import LoadEvent, LoadNotice, StageProgress
 from pipeserve.errors import ConfigError
 from pipeserve.gguf.reader import GGUFFile
-from pipeserve.kernels.backend import Weights, backend_for
+from pipeserve.kernels.backend import REFERENCE, Weights, backend_for
+from pipeserve.kernels.quant_layout import PlanarWeight
+from pipeserve.models.linear import QuantLinear
 from pipeserve.models.loader import LayerRange
 from pipeserve.models.registry import check_model
 from pipeserve.runtime import loading
@@ -137,6 +140,44 @@ def test_cpu_stages_say_that_they_take_no_other_precision(four_bits: Path) -> No
     assert isinstance(first, LoadNotice)
     assert first.text == 'weights is "fp8", but CPU stages always compute in float32'
     assert {event.stage for event in rest if isinstance(event, StageProgress)} == {0, 1}
+
+
+def test_kernels_are_prepared_and_what_is_in_the_way_is_told_once(
+    four_bits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every matrix that stays quantised but the embedding, which is also the head here."""
+    prepared: list[str] = []
+
+    def prepare(weights: Sequence[PlanarWeight]) -> str:
+        prepared.extend(f"{weight.num_rows}x{weight.num_columns}" for weight in weights)
+        return "no compiler"
+
+    backend = dataclasses.replace(REFERENCE, weight_form="planar", prepare=prepare)
+    monkeypatch.setattr(loading, "stage_backend", lambda device, config: backend)
+    events: list[LoadEvent] = []
+    with GGUFFile.open(four_bits) as file:
+        model = check_model(file)
+        decoders = loading.load_decoders(
+            file, model, HALVES, devices=[CPU, CPU], config=Config(), on_progress=events.append
+        )
+    assert [event.text for event in events if isinstance(event, LoadNotice)] == ["no compiler"]
+    down = decoders[0].layers[0].down
+    assert isinstance(down, QuantLinear)
+    assert prepared.count(f"{down.weight.num_rows}x{down.weight.num_columns}") == 2
+    assert prepared.count(f"{model.vocab_size}x{model.hidden_size}") == 1
+
+
+def test_an_unusable_table_of_tuned_choices_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_card(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = Config(cache_dir=tmp_path)
+    assert loading.stage_backend(CARD, config).weight_form == "planar"
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "small-card.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"tuned/small-card\.json: .* delete the file"):
+        loading.stage_backend(CARD, config)
 
 
 def test_progress_counts_each_tensor_once() -> None:

@@ -62,6 +62,7 @@ MODES = {
     "auto": Mode(precision=INT8),
     "f16 activations": Mode(options={"activations": "f16"}, precision=F16),
     "int8 activations": Mode(options={"activations": "int8"}, precision=INT8),
+    "both weights": Mode(options={"weights": "both"}, precision=INT8),
     "bf16 weights": Mode(options={"weights": "bf16"}, precision=INT8),
     "fp8 weights": Mode(options={"weights": "fp8"}, precision=FP8),
     "int8 KV": Mode(options={"kv_cache_dtype": "int8"}, precision=INT8, bytes_per_head=66),
@@ -100,6 +101,7 @@ def check_load(
         assert_same_alone(loaded, complete[:: max(1, len(complete) // NUM_ALONE)])
         stats = loaded.stats()
     assert stats.num_preemptions > 0
+    assert stats.num_prefix_hits > 0
     assert any(verdict.served.is_aborted for verdict in verdicts)
     assert sum(len(verdict.served.token_ids) for verdict in verdicts) >= load.num_tokens
     divergences = [kl for verdict in verdicts for kl in verdict.kl]

@@ -104,8 +104,10 @@ def batches(draw: st.DrawFn) -> MicroBatch:
 def test_every_shape_holds_its_step(batch: MicroBatch) -> None:
     shapes = GpuShapes(num_rows=40, max_batch_tokens=10_000)
     num_chunks = batch.num_rows - batch.num_decode_rows
-    for shape in (shapes.find(batch), shapes.find_captured(batch)):
-        assert shape is not None
+    captured = shapes.find_captured(batch)
+    assert captured is not None
+    assert captured in shapes.captured()
+    for shape in (shapes.find(batch), captured):
         assert shape.num_tokens >= batch.num_tokens
         assert shape.num_decode_rows >= batch.num_decode_rows
         assert shape.num_chunks >= num_chunks
@@ -113,7 +115,6 @@ def test_every_shape_holds_its_step(batch: MicroBatch) -> None:
         if num_chunks > 0:
             assert shape.num_samples >= batch.samples_S.sum()
             assert shape.num_decode_rows <= shape.num_tokens
-    assert shape in shapes.captured()
 
 
 def test_too_many_prompts_at_once_have_no_captured_shape() -> None:

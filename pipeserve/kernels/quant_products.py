@@ -1,0 +1,211 @@
+"""QuantProducts: multiplies by planar matrices on a GPU, each in the way that is fastest there.
+
+Used by stage threads; capturable in a CUDA graph once each shape has run outside of one.
+
+Shapes: T tokens, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeserve.kernels import quant_imma
+from pipeserve.kernels.quant_dequant import dequantise
+from pipeserve.kernels.quant_gemm import gemm
+from pipeserve.kernels.quant_gemv import gemv
+from pipeserve.kernels.quant_imma import ImmaVariant, has_imma, imma, takes_imma
+from pipeserve.kernels.quant_layout import PlanarWeight
+from pipeserve.kernels.quant_mma import (
+    MmaVariant,
+    compile_ahead,
+    is_hopper,
+    is_made_for,
+    mma,
+    takes_mma,
+    why_not_loaded,
+)
+from pipeserve.kernels.quant_reference import QuantisedRows
+from pipeserve.kernels.quant_split import card_limits
+from pipeserve.kernels.quant_tuned import TunedTable
+from pipeserve.kernels.quant_ways import (
+    GEMM_ROWS,
+    BatchWay,
+    Dequantise,
+    FewRowsWay,
+    Gemm,
+    Gemv,
+    Imma,
+    Mma,
+    rule_way,
+)
+
+GEMV_ROWS = 4
+"""Up to this many, integer dot products are fastest: measured on an H100 (loadtest/README.md)."""
+
+DENSE_ROWS = 128
+"""From more rows on, a matrix that is kept dequantised as well is multiplied as such: at 128 rows
+the products of an 8B model take as long in both ways, by the times of loadtest/README.md."""
+RULE_ROWS = (8, 16, 32, 64, 128, 256)
+"""Between which the rule makes no difference."""
+
+
+def multiply(
+    way: BatchWay, x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None = None,
+    *, out_TN: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x W^T + b [T, N] in x's type, in out_TN if given, whose rows may lie anywhere."""
+    match way:
+        case Mma(tiling=tiling):
+            return mma(x_TK, weight, bias_N, out_TN=out_TN, tiling=tiling)
+        case Gemm(tiling=gemm_tiling):
+            return gemm(x_TK, weight, bias_N, out_TN=out_TN, tiling=gemm_tiling)
+        case Dequantise():
+            weight_NK = weight.dense_NK
+            if weight_NK is None:
+                weight_NK = dequantise(weight, x_TK.dtype)
+    if out_TN is None:
+        return functional.linear(x_TK, weight_NK, bias_N)
+    if bias_N is None:
+        return torch.mm(x_TK, weight_NK.t(), out=out_TN)
+    return torch.addmm(bias_N, x_TK, weight_NK.t(), out=out_TN)
+
+
+class QuantProducts:
+    """Of one card."""
+
+    def __init__(self, table: TunedTable) -> None:
+        self._table = table
+
+    @property
+    def most_byte_rows(self) -> int:
+        """Up to so many rows some matrix may be multiplied by bytes."""
+        return max(GEMV_ROWS, self._table.most_byte_rows)
+
+    def takes_bytes(self, weight: PlanarWeight, num_tokens: int) -> bool:
+        """Whether few_rows multiplies by this matrix, rather than batch."""
+        return num_tokens <= GEMV_ROWS or isinstance(self.few_rows_way(weight, num_tokens), Imma)
+
+    def few_rows_way(self, weight: PlanarWeight, num_tokens: int) -> FewRowsWay:
+        """What the table says, as far as the card can do it."""
+        way = self._table.few_rows_way(_key(weight), num_tokens)
+        if way is None or (isinstance(way, Imma) and not _can(way, weight)):
+            return Gemv()
+        return way
+
+    def few_rows(
+        self, x: QuantisedRows, weight: PlanarWeight, bias_N: Tensor | None,
+        *, out_dtype: torch.dtype = torch.float16, out_TN: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As gemv, for rows that takes_bytes."""
+        way = self.few_rows_way(weight, x.codes_TK.shape[0])
+        if isinstance(way, Imma):
+            return imma(
+                x, weight, bias_N, out_dtype=out_dtype, out_TN=out_TN, tiling=way.tiling
+            )  # fmt: skip
+        return gemv(
+            x, weight, bias_N, out_dtype=out_dtype, out_TN=out_TN, block_n=way.block_n,
+            pieces=way.pieces, num_parts=way.num_parts,
+        )  # fmt: skip
+
+    def batch(
+        self, x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None,
+        *, out_TN: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As multiply, for any number of rows in f16 or bf16."""
+        return multiply(self._way(x_TK, weight, out_TN), x_TK, weight, bias_N, out_TN=out_TN)
+
+    def _way(self, x_TK: Tensor, weight: PlanarWeight, out_TN: Tensor | None) -> BatchWay:
+        num_tokens = x_TK.shape[0]
+        way = self.batch_way(weight, num_tokens)
+        if not isinstance(way, Mma):
+            return way
+        variant = way.tiling.variant
+        is_possible = (
+            takes_mma(x_TK, weight, out_TN)
+            and why_not_loaded(weight.type_name, variant, x_TK.device) is None
+        )
+        return way if is_possible else _without_mma(num_tokens)
+
+    def batch_way(self, weight: PlanarWeight, num_tokens: int) -> BatchWay:
+        """What the table says or, where it has no such matrix, the rule."""
+        if weight.dense_NK is not None and num_tokens > DENSE_ROWS:
+            return Dequantise()
+        way = self._table.batch_way(_key(weight), num_tokens)
+        if way is not None:
+            return way
+        device = weight.low.device
+        return rule_way(
+            *_key(weight), num_tokens, has_mma=is_hopper(device) and is_made_for(weight),
+            num_multiprocessors=card_limits(device).num_multiprocessors,
+        )  # fmt: skip
+
+    def prepare(self, weights: Sequence[PlanarWeight]) -> str | None:
+        """Compile and load what NVRTC has to compile for these, on all cores: some 25 kernels for
+        an 8B model at the first start, 0.3 s of a core each; none from then on.
+
+        What is in the way, for the user, where that fails; Triton's kernel then takes its place.
+        """
+        wanted = dict.fromkeys(
+            (weight.type_name, variant, weight.low.device)
+            for weight in weights
+            if is_hopper(weight.low.device)
+            for variant in self._variants(weight)
+        )
+        compile_ahead([(type_name, variant) for type_name, variant, _ in wanted])
+        self._prepare_bytes(weights)
+        for type_name, variant, device in wanted:
+            reason = why_not_loaded(type_name, variant, device)
+            if reason is not None:
+                return (
+                    f"{device}: the CUDA C++ kernel for batches cannot be used ({reason}); "
+                    "Triton's takes its place, with which the products of an 8B model take 1.1 "
+                    "times as long at 16 rows and 1.5 times at 256"
+                )
+        return None
+
+    def _prepare_bytes(self, weights: Sequence[PlanarWeight]) -> None:
+        """As prepare, of the kernels on bytes; where that fails, the others take their place."""
+        wanted = dict.fromkeys(
+            (weight.type_name, variant, weight.low.device)
+            for weight in weights
+            if has_imma(weight.low.device)
+            for variant in self._byte_variants(weight)
+        )
+        for device in dict.fromkeys(device for _, _, device in wanted):
+            kernels = [(name, variant) for name, variant, other in wanted if other == device]
+            quant_imma.compile_ahead(kernels, torch.cuda.get_device_capability(device))
+            for name, variant in kernels:
+                quant_imma.why_not_loaded(name, variant, device)
+
+    def _byte_variants(self, weight: PlanarWeight) -> Iterator[ImmaVariant]:
+        measured = self._table.products.get(_key(weight))
+        ways = () if measured is None else measured.few_rows.values()
+        yield from (way.tiling.variant for way in ways if isinstance(way, Imma))
+
+    def _variants(self, weight: PlanarWeight) -> Iterator[MmaVariant]:
+        measured = self._table.products.get(_key(weight))
+        ways = (
+            [self.batch_way(weight, num_tokens) for num_tokens in RULE_ROWS]
+            if measured is None
+            else measured.batch.values()
+        )
+        yield from (way.tiling.variant for way in ways if isinstance(way, Mma))
+
+
+def _key(weight: PlanarWeight) -> tuple[str, int, int]:
+    return weight.type_name, weight.num_rows, weight.num_columns
+
+
+def _can(way: Imma, weight: PlanarWeight) -> bool:
+    variant, device = way.tiling.variant, weight.low.device
+    return takes_imma(weight) and (
+        quant_imma.why_not_loaded(weight.type_name, variant, device) is None
+    )
+
+
+def _without_mma(num_tokens: int) -> BatchWay:
+    return Gemm() if num_tokens <= GEMM_ROWS else Dequantise()
