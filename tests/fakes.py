@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from pipeserve.core.batch import (
     MicroBatch,
     PipelineFacts,
+    PromptLogprobs,
     RowStart,
     Span,
     StageFailure,
@@ -87,12 +88,13 @@ class FakeStage:
         block_id = self.block_tables[row][position // self.facts.block_size]
         return block_id * self.facts.block_size + position % self.facts.block_size
 
-    def run(self, row: int, first_position: int, token_ids: Sequence[int]) -> list[int]:
-        """Write these tokens' slots; return all that the row now holds, from position 0."""
+    def read(self, row: int, length: int) -> list[int]:
+        """What the row holds, from position 0."""
+        return [self.slots[self.slot(row, position)] for position in range(length)]
+
+    def write(self, row: int, first_position: int, token_ids: Sequence[int]) -> None:
         for offset, token_id in enumerate(token_ids):
             self.slots[self.slot(row, first_position + offset)] = token_id
-        length = first_position + len(token_ids)
-        return [self.slots[self.slot(row, position)] for position in range(length)]
 
 
 class FakeStages:
@@ -135,12 +137,12 @@ class FakeStages:
         stage.apply(batch)
         if index == 0:
             token_ids_S = self._embed(batch)
-        histories = [
-            stage.run(row, first, ids)
-            for row, first, ids in zip(
-                batch.rows_S.tolist(), batch.first_positions_S.tolist(), token_ids_S, strict=True
-            )
-        ]
+        places = list(zip(batch.rows_S.tolist(), batch.first_positions_S.tolist(), strict=True))
+        # All read before any writes: what a step computes is there for later steps only.
+        pasts = [stage.read(row, first) for row, first in places]
+        for (row, first), ids in zip(places, token_ids_S, strict=True):
+            stage.write(row, first, ids)
+        histories = [[*past, *ids] for past, ids in zip(pasts, token_ids_S, strict=True)]
         if index + 1 < len(self._stages):
             self._queues[index + 1].append((batch, token_ids_S))
             return None
@@ -171,8 +173,26 @@ class FakeStages:
             step_id=batch.step_id,
             token_ids=np.array(token_ids, np.int32),
             logprobs=_logprobs(token_ids, num_logprobs),
+            prompt_logprobs=tuple(self._score_prompts(batch)),
             stage_spans=(Span(start_s=1.0, end_s=1.001),) * len(self._stages),
         )
+
+    def _score_prompts(self, batch: MicroBatch) -> Iterator[PromptLogprobs]:
+        """A token's score is minus its id, so that a lost or misplaced one shows."""
+        for index in range(batch.num_decode_rows, batch.num_rows):
+            start = self._starts[int(batch.rows_S[index])]
+            first, count = int(batch.first_positions_S[index]), int(batch.num_tokens_S[index])
+            scored = start.token_ids[first + 1 : min(first + 1 + count, start.num_prompt_tokens)]
+            if start.sampling.num_prompt_logprobs is None or len(scored) == 0:
+                continue
+            top = np.tile(scored[:, None], (1, start.sampling.num_prompt_logprobs))
+            yield PromptLogprobs(
+                seq_id=start.seq_id,
+                first=first + 1,
+                token_P=-scored.astype(np.float32),
+                top_ids_PK=top,
+                top_PK=-top.astype(np.float32),
+            )
 
 
 def check_batch(batch: MicroBatch, facts: PipelineFacts) -> None:

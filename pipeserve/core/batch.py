@@ -45,9 +45,12 @@ class RowStart:
     row: int
     sampling: SamplingParams
     token_ids: IntArray
-    """The prompt and, after a preemption, what had been generated: all that will be prefilled."""
+    """The prompt and, after a preemption, what had been generated: all that will be prefilled, but
+    for a beginning whose blocks another row has computed."""
     num_prompt_tokens: int
     """How many of token_ids the client sent; the rest counts as output for the penalties."""
+    seq_id: int = 0
+    """The sequence's name, for what comes back about its prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,7 +60,8 @@ class MicroBatch:
     Decode rows come first and take one token each, whose id the stages already hold (it was
     sampled there); prefill rows follow and bring their ids along. Stages run micro-batches in
     the order of step_id, so a KV block or a row may be given to a new owner at once: the old
-    owner's last writes come before the new owner's first.
+    owner's last writes come before the new owner's first. A full block may stand in the tables of
+    several rows; the step that fills it comes before those in which the others read it.
     """
 
     step_id: int
@@ -104,6 +108,19 @@ class StepLogprobs:
     """Of the K likeliest tokens, likeliest first."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PromptLogprobs:
+    """Log-probabilities of some tokens of a prompt, given those before them; P tokens, K as many
+    alternatives as the sequence asked for. A sequence that was preempted sends them again."""
+
+    seq_id: int
+    first: int
+    """Where in the prompt the first of them stands, at least 1."""
+    token_P: FloatArray
+    top_ids_PK: IntArray
+    top_PK: FloatArray
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """A piece of time, by time.monotonic."""
@@ -124,6 +141,8 @@ class StepOutput:
     token_ids: IntArray
     logprobs: StepLogprobs | None
     """None where no row asked for them."""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    """Of the step's prefill rows that asked for them."""
     stage_spans: tuple[Span, ...]
     """When each stage worked on this step, waiting not counted."""
 

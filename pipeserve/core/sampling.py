@@ -47,6 +47,8 @@ class SamplingParams:
     """(token id, bias) pairs, added to the logits."""
     num_logprobs: int | None = None
     """None: no log-probabilities. k: the sampled token's and those of the k likeliest."""
+    num_prompt_logprobs: int | None = None
+    """The same for every token of the prompt but the first; None: none."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the sequence: the model's end-of-sequence tokens and the request's own."""
 
@@ -62,10 +64,12 @@ class SamplingParams:
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
-            (
-                "num_logprobs",
-                self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
-                f"between 0 and {MAX_LOGPROBS}",
+            *(
+                (name, count is None or 0 <= count <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+                for name, count in (
+                    ("num_logprobs", self.num_logprobs),
+                    ("num_prompt_logprobs", self.num_prompt_logprobs),
+                )
             ),
         )
         for field, holds, mend in checks:

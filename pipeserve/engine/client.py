@@ -8,19 +8,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
-from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.admission import AdmissionParams
+from pipeserve.core.batch import PipelineFacts, PromptLogprobs
 from pipeserve.core.sampling import SamplingParams
+from pipeserve.engine.generation import GeneratedToken, Generation
 from pipeserve.engine.messages import (
     Abort,
     EngineFailed,
     Finish,
-    FinishReason,
     FrontMessage,
     GetStats,
     ReplicasChanged,
@@ -32,6 +29,7 @@ from pipeserve.engine.messages import (
     TokenEvents,
     TokenLogprobs,
 )
+from pipeserve.engine.service_rate import ServiceRate
 from pipeserve.engine.stats import EngineStats
 from pipeserve.errors import (
     EngineError,
@@ -42,93 +40,7 @@ from pipeserve.errors import (
     StageStalledError,
 )
 
-RATE_WINDOW = 64
-"""Sequence ends that the service rate is computed from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratedToken:
-    """One token of one sequence, as it reaches the request that waits for it."""
-
-    token_id: int
-    finish_reason: FinishReason | None
-    logprobs: TokenLogprobs | None
-
-
-class Generation:
-    """The tokens of one sequence as they arrive; an async context manager and iterator.
-
-    Iterating yields every token that has arrived since the last were taken, never an empty list,
-    and ends after the token that carries a finish reason or after `finish`. Leaving the context
-    before that aborts the sequence.
-
-    Raises (while iterating):
-        StageFailedError, StageStalledError: the pipeline died under the sequence.
-        NotReadyError: the daemon ended the sequence to stop.
-    """
-
-    __slots__ = ("_client", "_failure", "_is_ended", "_tokens", "_waiter", "seq_id")
-
-    def __init__(self, client: EngineClient, seq_id: int) -> None:
-        self.seq_id = seq_id
-        self._client = client
-        self._tokens: list[GeneratedToken] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._failure: EngineError | None = None
-        self._is_ended = False
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._end(Abort(seq_id=self.seq_id))
-
-    def finish(self) -> None:
-        """The text is complete: the engine ends the sequence, and iteration ends."""
-        self._tokens.clear()
-        self._end(Finish(seq_id=self.seq_id))
-
-    def _end(self, message: Finish | Abort) -> None:
-        if not self._is_ended:
-            self._is_ended = True
-            self._client.end(self, message)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[GeneratedToken]:
-        if not self._tokens and not self._is_ended and self._failure is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        if self._tokens:
-            tokens, self._tokens = self._tokens, []
-            return tokens
-        if self._failure is not None:
-            raise self._failure
-        raise StopAsyncIteration
-
-    def push(self, token: GeneratedToken) -> None:
-        """Take one token from the engine; on the event loop."""
-        self._tokens.append(token)
-        self._is_ended = token.finish_reason is not None
-        self._wake()
-
-    def fail(self, failure: EngineError) -> None:
-        """The engine is gone; on the event loop."""
-        self._failure = failure
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+PLAIN = AdmissionParams()
 
 
 class EngineClient:
@@ -144,19 +56,28 @@ class EngineClient:
         facts: PipelineFacts,
         post: Callable[[FrontMessage], None],
         max_queued_requests: int,
+        max_queued_tokens: int | None = None,
     ) -> None:
+        """max_queued_tokens: see check_capacity; None: no limit."""
         self.facts = facts
         self._post = post
-        self._max_live = facts.num_rows + max_queued_requests
+        self.limit_queue(max_queued_requests, max_queued_tokens)
+        self._num_queued_tokens = 0
         self._generations: dict[int, Generation] = {}
         self._seq_ids = itertools.count()
         self._reply_ids = itertools.count()
         self._replies: dict[int, asyncio.Future[EngineStats]] = {}
-        self._end_times: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._end_rate = ServiceRate()
+        self._prompt_rate = ServiceRate()
         self._failure: EngineError | None = None
         self._degradation: str | None = None
         self._is_shut_down = False
         self._failed: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
+
+    def limit_queue(self, max_queued_requests: int, max_queued_tokens: int | None) -> None:
+        """From now on so much may wait; what waits already goes on waiting."""
+        self._max_live = self.facts.num_rows + max_queued_requests
+        self._max_queued_tokens = max_queued_tokens
 
     @property
     def num_live(self) -> int:
@@ -182,8 +103,11 @@ class EngineClient:
         """Wait until the engine dies, and say why."""
         return await asyncio.shield(self._failed)
 
-    def check_capacity(self, num_sequences: int) -> None:
+    def check_capacity(self, num_sequences: int, num_prompt_tokens: int = 0) -> None:
         """Raise unless this many more sequences may be submitted now.
+
+        Prompt tokens are those of sequences that have no first token yet. Where none wait, any
+        number is taken, or a long prompt could never be asked.
 
         Raises:
             QueueFullError: too many wait; `retry_after_s` follows from the recent service rate.
@@ -195,7 +119,17 @@ class EngineClient:
             raise QueueFullError(
                 f"{self.num_live} sequences are running or waiting and this request adds "
                 f"{num_sequences}; at most {self._max_live} fit. Try again later.",
-                retry_after_s=self._seconds_until(excess),
+                retry_after_s=self._end_rate.seconds_until(excess, time.monotonic()),
+            )
+        most = self._max_queued_tokens
+        if most is None or self._num_queued_tokens == 0:
+            return
+        excess = self._num_queued_tokens + num_prompt_tokens - most
+        if excess > 0:
+            raise QueueFullError(
+                f"{self._num_queued_tokens} prompt tokens wait and this request adds "
+                f"{num_prompt_tokens}; at most {most} may (max_queued_tokens). Try again later.",
+                retry_after_s=self._prompt_rate.seconds_until(excess, time.monotonic()),
             )
 
     def _check_alive(self) -> None:
@@ -204,14 +138,17 @@ class EngineClient:
         if self._is_shut_down:
             raise NotReadyError("the daemon is stopping and takes no new requests")
 
-    def _seconds_until(self, num_ended: int) -> int:
-        if len(self._end_times) < 2:
-            return 1
-        span_s = time.monotonic() - self._end_times[0]
-        return max(1, min(600, round(num_ended * span_s / len(self._end_times))))
-
-    def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+    def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        admission: AdmissionParams = PLAIN,
+        *,
+        timeout_s: float | None = None,
+    ) -> Generation:
         """Submit one sequence; enter the returned context to read its tokens.
+
+        timeout_s: the sequence is aborted if it has not ended by then; None: it may take for ever.
 
         Raises:
             PromptTooLongError: prompt and max_tokens together exceed the context.
@@ -219,14 +156,22 @@ class EngineClient:
                 check_capacity.
         """
         self._check_length(len(prompt_token_ids), sampling.max_tokens)
-        self.check_capacity(1)
-        generation = Generation(self, next(self._seq_ids))
+        self.check_capacity(1, len(prompt_token_ids))
+        generation = Generation(
+            next(self._seq_ids), num_prompt_tokens=len(prompt_token_ids), on_end=self._end
+        )
         self._generations[generation.seq_id] = generation
+        self._num_queued_tokens += generation.num_queued_tokens
+        self._end_rate.begin(time.monotonic())
+        self._prompt_rate.begin(time.monotonic())
+        if timeout_s is not None:
+            generation.start_timer(timeout_s)
         self._post(
             Submit(
                 seq_id=generation.seq_id,
                 prompt_token_ids=tuple(prompt_token_ids),
                 sampling=sampling,
+                admission=admission,
             )
         )
         return generation
@@ -239,16 +184,31 @@ class EngineClient:
                 param="max_tokens",
             )
 
-    def end(self, generation: Generation, message: Finish | Abort) -> None:
-        """The front half wants no more of this sequence; called by its Generation."""
+    def _end(self, generation: Generation, message: Finish | Abort) -> None:
+        """The front half wants no more of this sequence."""
         if self._forget(generation.seq_id) is not None:
             self._post(message)
 
     def _forget(self, seq_id: int) -> Generation | None:
         generation = self._generations.pop(seq_id, None)
         if generation is not None:
-            self._end_times.append(time.monotonic())
+            self._note_begun(generation)
+            now_s = time.monotonic()
+            self._end_rate.note(1, now_s)
+            if not self._generations:
+                self._end_rate.pause(now_s)
         return generation
+
+    def _note_begun(self, generation: Generation) -> None:
+        """It has its first token, or has ended without: its prompt waits no more."""
+        num_tokens, generation.num_queued_tokens = generation.num_queued_tokens, 0
+        if num_tokens == 0:
+            return
+        self._num_queued_tokens -= num_tokens
+        now_s = time.monotonic()
+        self._prompt_rate.note(num_tokens, now_s)
+        if self._num_queued_tokens == 0:
+            self._prompt_rate.pause(now_s)
 
     async def stats(self) -> EngineStats:
         """Ask the engine for a snapshot.
@@ -276,6 +236,7 @@ class EngineClient:
         for generation in self._generations.values():
             generation.fail(failure)
         self._generations.clear()
+        self._num_queued_tokens = 0
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(failure)
@@ -285,6 +246,8 @@ class EngineClient:
         match message:
             case TokenEvents():
                 self._deliver_tokens(message)
+            case PromptLogprobs():
+                self._deliver_prompt_logprobs(message)
             case StatsReply():
                 reply = self._replies.get(message.reply_id)
                 if reply is not None and not reply.done():
@@ -296,13 +259,24 @@ class EngineClient:
             case ReplicasChanged():
                 self._degradation = message.degradation
 
+    def _deliver_prompt_logprobs(self, scored: PromptLogprobs) -> None:
+        generation = self._generations.get(scored.seq_id)
+        if generation is not None:
+            first = scored.first - 1  # the prompt's first token has none
+            generation.prompt_logprobs[first : first + len(scored.token_P)] = _by_token(scored)
+
     def _deliver_tokens(self, events: TokenEvents) -> None:
+        for seq_id, num_cached_tokens in events.num_cached_tokens:
+            if seq_id in self._generations:
+                self._generations[seq_id].num_cached_tokens = num_cached_tokens
         for seq_id, token_id, finish_reason, logprobs in zip(
             events.seq_ids, events.token_ids, events.finish_reasons, events.logprobs, strict=True
         ):
             generation = self._generations.get(seq_id)
             if generation is None:  # ended by the front half after the engine sent this
                 continue
+            if generation.num_queued_tokens:
+                self._note_begun(generation)
             if finish_reason is not None:
                 self._forget(seq_id)
             generation.push(
@@ -312,7 +286,7 @@ class EngineClient:
     def _deliver_losses(self, message: SequencesFailed) -> None:
         failure = _as_error(message.cause)
         for seq_id in message.seq_ids:
-            generation = self._generations.pop(seq_id, None)
+            generation = self._forget(seq_id)
             if generation is not None:
                 generation.fail(failure)
 
@@ -323,6 +297,16 @@ class EngineClient:
         self._fail_all(self._failure)
         if not self._failed.done():
             self._failed.set_result(self._failure)
+
+
+def _by_token(scored: PromptLogprobs) -> list[TokenLogprobs]:
+    lines = zip(
+        scored.token_P.tolist(), scored.top_ids_PK.tolist(), scored.top_PK.tolist(), strict=True
+    )
+    return [
+        TokenLogprobs(logprob=logprob, top_ids=tuple(ids), top_logprobs=tuple(values))
+        for logprob, ids, values in lines
+    ]
 
 
 def _as_error(message: EngineFailed) -> EngineError:

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 
 from pipeserve.engine.sequence import Sequence
 
+UNEVENNESS = 16
+"""A sequence moves once the largest cohort has this part of its sequences more than the smallest:
+steps that differ by less cost less than moving."""
+
 
 @dataclass(slots=True, eq=False)
 class Cohort:
@@ -30,6 +34,11 @@ class Cohorts:
         self._cohorts = [Cohort(index) for index in range(count)]
         self._num_look_ahead = num_look_ahead
 
+    @property
+    def num_lanes(self) -> int:
+        """Cohorts that have sequences."""
+        return sum(1 for cohort in self._cohorts if cohort.sequences)
+
     def join(self, sequence: Sequence) -> None:
         """A sequence begins to decode: the smallest cohort takes it."""
         self._put(sequence, min(self._cohorts, key=lambda cohort: len(cohort.sequences)))
@@ -42,7 +51,9 @@ class Cohorts:
         sequence.cohort = None
         largest = max(self._cohorts, key=lambda cohort: len(cohort.sequences))
         smallest = min(self._cohorts, key=lambda cohort: len(cohort.sequences))
-        if len(largest.sequences) - len(smallest.sequences) >= 2:
+        surplus = len(largest.sequences) - len(smallest.sequences)
+        # One that moves waits for another cohort's turn; newcomers join the smallest in any case.
+        if surplus >= max(2, len(largest.sequences) // UNEVENNESS):
             self._put(largest.sequences.pop(), smallest)
 
     @staticmethod
@@ -55,7 +66,7 @@ class Cohorts:
 
         Empty if no cohort has a sequence that can take a step now.
         """
-        num_lanes = sum(1 for cohort in self._cohorts if cohort.sequences)
+        num_lanes = self.num_lanes
         for cohort in sorted(self._cohorts, key=lambda cohort: cohort.last_step):
             ready = [s for s in cohort.sequences if self._can_step(s, step_id, num_lanes)]
             if ready:

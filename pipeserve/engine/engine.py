@@ -24,9 +24,11 @@ from pipeserve.engine.messages import (
     StatsReply,
     Submit,
 )
+from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.scheduler import Scheduler
 from pipeserve.engine.sequence import Sequence, SequenceStatus
 from pipeserve.engine.stats import EngineStats
+from pipeserve.engine.step_figures import StepRecorder
 
 InboxItem = FrontMessage | StepOutput | StageFailure
 Inbox = queue.SimpleQueue[InboxItem]
@@ -66,14 +68,15 @@ class Engine:
         inbox: Inbox,
         post: Callable[[EngineMessage], None],
         stage_timeout_s: float,
+        policy: AdmissionPolicy | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._inbox = inbox
         self._post = post
         self._stage_timeout_s = stage_timeout_s
-        self._scheduler = Scheduler(pipeline.facts)
+        self._scheduler = Scheduler(pipeline.facts, policy)
         self._sequences: dict[int, Sequence] = {}
-        self._stage_busy_s = [0.0] * pipeline.facts.num_stages
+        self._recorder = StepRecorder(pipeline.facts.num_stages)
         self._started_s = time.monotonic()
         self._last_progress_s = self._started_s
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -92,7 +95,9 @@ class Engine:
     def _run(self) -> None:
         try:
             while True:
-                self._handle(self._next_item())
+                item = self._next_item()
+                self._scheduler.tell_time(time.monotonic())
+                self._handle(item)
                 self._handle_waiting()
                 self._submit()
         except _EngineEnd as end:
@@ -146,9 +151,11 @@ class Engine:
 
     def _take_output(self, output: StepOutput) -> None:
         self._last_progress_s = time.monotonic()
-        for stage, span in enumerate(output.stage_spans):
-            self._stage_busy_s[stage] += span.length_s
+        for scored in output.prompt_logprobs:
+            self._post(scored)
         events = self._scheduler.update(output)
+        is_idle = not self._scheduler.has_steps_in_flight
+        self._recorder.note_output(output.stage_spans, self._last_progress_s, is_idle=is_idle)
         for seq_id, reason in zip(events.seq_ids, events.finish_reasons, strict=True):
             if reason is not None:
                 del self._sequences[seq_id]
@@ -160,11 +167,15 @@ class Engine:
             seq_id=message.seq_id,
             prompt_token_ids=message.prompt_token_ids,
             sampling=message.sampling,
+            admission=message.admission,
         )
         self._sequences[message.seq_id] = sequence
         self._scheduler.add(sequence)
+        account = message.admission.account
+        self._recorder.note_arrival(message.seq_id, account, time.monotonic())
 
     def _end(self, seq_id: int, status: SequenceStatus) -> None:
+        self._recorder.note_end(seq_id)
         sequence = self._sequences.pop(seq_id, None)
         if sequence is not None:  # else its last token crossed this message
             self._scheduler.end(sequence, status)
@@ -175,6 +186,7 @@ class Engine:
             if was_idle:  # patience starts with the first step after a rest
                 self._last_progress_s = time.monotonic()
                 was_idle = False
+            self._recorder.note_submitted(batch, time.monotonic())
             self._pipeline.submit(batch)
 
     def _stats(self) -> EngineStats:
@@ -188,6 +200,9 @@ class Engine:
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_generated_tokens=scheduler.num_generated_tokens,
             num_preemptions=scheduler.num_preemptions,
-            stage_busy_s=tuple(self._stage_busy_s),
+            num_prefix_queries=scheduler.prefix_cache.num_queried_tokens,
+            num_prefix_hits=scheduler.prefix_cache.num_hit_tokens,
+            stage_busy_s=self._recorder.stage_busy_s,
+            figures=self._recorder.figures(),
             uptime_s=time.monotonic() - self._started_s,
         )

@@ -6,11 +6,12 @@ Plain immutable values, so that the two halves can live in one process or in two
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeserve.config import Config
-from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.admission import AdmissionParams
+from pipeserve.core.batch import PipelineFacts, PromptLogprobs
 from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import LoadEvent
 from pipeserve.core.sampling import SamplingParams
@@ -36,6 +37,7 @@ class Submit:
     seq_id: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    admission: AdmissionParams = field(default_factory=AdmissionParams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,9 @@ class TokenEvents:
     token_ids: tuple[int, ...]
     finish_reasons: tuple[FinishReason | None, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
+    num_cached_tokens: tuple[tuple[int, int], ...] = ()
+    """(sequence, prompt tokens that it had from the prefix cache) where this is its first token
+    and there were any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +126,8 @@ class ReplicasChanged:
 
 
 FrontMessage = Submit | Finish | Abort | GetStats | Shutdown
-EngineMessage = TokenEvents | StatsReply | EngineFailed
+EngineMessage = TokenEvents | PromptLogprobs | StatsReply | EngineFailed
+"""Log-probabilities of a prompt come before the sequence's first token."""
 RouterMessage = EngineMessage | SequencesFailed | ReplicasChanged
 
 

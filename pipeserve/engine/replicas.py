@@ -6,11 +6,12 @@ engines live or who starts them again.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.batch import PipelineFacts, PromptLogprobs
+from pipeserve.engine.block_hashes import hash_blocks
 from pipeserve.engine.messages import (
     Abort,
     EngineFailed,
@@ -26,8 +27,10 @@ from pipeserve.engine.messages import (
     Submit,
     TokenEvents,
 )
-from pipeserve.engine.prefix_memory import PrefixMemory, hash_blocks
+from pipeserve.engine.prefix_memory import MAX_BLOCKS, PrefixMemory
+from pipeserve.engine.sequence import Sequence
 from pipeserve.engine.stats import EngineStats, total_stats
+from pipeserve.engine.waiting_line import WaitingLine
 
 Post = Callable[[FrontMessage], None]
 
@@ -51,6 +54,7 @@ class _Placed:
     """A sequence on a replica."""
 
     replica: _Replica
+    sequence: Sequence
     num_prompt_tokens: int
     expected_output: int
     num_generated: int = 0
@@ -81,10 +85,13 @@ class _Replica:
         self.member = member
         self.failure = None
         self.seq_ids: dict[int, None] = {}
+        self.background: set[int] = set()
+        """Those of the background class."""
         self.work = 0
         """Of all its sequences."""
         self.num_held = 0
         """Tokens of all its sequences that are known."""
+        self.num_held_in_background = 0
         self.memory = PrefixMemory(facts.num_blocks)
         self.latest = replace(
             EngineStats.of_nothing(facts.num_stages),
@@ -106,35 +113,53 @@ class _Replica:
         """As of its latest answer."""
         return replace(self.latest.with_past(self.past), num_live_replicas=int(self.is_live))
 
-    def has_room(self, num_prompt_tokens: int) -> bool:
+    def has_room(self, sequence: Sequence) -> bool:
         """Whether its scheduler would admit a further sequence at once: a row is free, and KV
-        blocks of all known tokens with one in reserve for each sequence."""
-        facts, num_seqs = self.member.facts, len(self.seq_ids)
+        blocks of all known tokens with one in reserve for each sequence. To an interactive one
+        those in the background give way."""
+        facts, num_seqs, num_held = self.member.facts, len(self.seq_ids), self.num_held
+        if not sequence.admission.is_background:
+            num_seqs -= len(self.background)
+            num_held -= self.num_held_in_background
         if num_seqs == 0:
             return True  # it holds any single one
         num_partial = 2 * (num_seqs + 1) * facts.block_size  # the last block, and the reserve
-        num_tokens = self.num_held + num_prompt_tokens + num_partial
+        num_tokens = num_held + sequence.num_prompt_tokens + num_partial
         return num_seqs < facts.num_rows and num_tokens <= facts.num_blocks * facts.block_size
+
+    def hold(self, sequence: Sequence, num_tokens: int) -> None:
+        """So many more of its tokens are known, or fewer."""
+        self.num_held += num_tokens
+        if sequence.admission.is_background:
+            self.num_held_in_background += num_tokens
 
 
 class ReplicaRouter:
-    """One first-come queue before the replicas.
+    """One waiting line before the replicas.
 
     A sequence goes to a replica with room: to the one with the least work, where a prompt prefix
     that a replica was lately given counts as computed. While none has room, sequences wait here,
-    so that whichever has room first takes the next. A sole replica is given everything at once.
+    so that whichever has room first takes the next. The first of an account, and one that has
+    waited too long, does not wait for room: a replica's own scheduler makes way for it. A sole
+    replica is given everything at once.
 
     deliver: takes messages to the front half; called from within the methods.
     """
 
     def __init__(
-        self, members: Sequence[Member], *, deliver: Callable[[RouterMessage], None]
+        self,
+        members: Collection[Member],
+        *,
+        deliver: Callable[[RouterMessage], None],
+        max_wait_s: float = 30.0,
     ) -> None:
+        members = list(members)
         self._replicas = [_Replica(index, member) for index, member in enumerate(members)]
         self._deliver = deliver
         self._is_sole = len(members) == 1
         self._block_size = members[0].facts.block_size
-        self._waiting: OrderedDict[int, Submit] = OrderedDict()
+        self._line = WaitingLine(max_wait_s=max_wait_s)
+        self._waiting: dict[int, tuple[Submit, Sequence]] = {}
         self._placed: dict[int, _Placed] = {}
         self._num_turns = 0
         self._mean_output = float(FIRST_GUESS)
@@ -153,15 +178,18 @@ class ReplicaRouter:
 
     def post(self, message: FrontMessage) -> None:
         """Take a message from the front half."""
+        self._line.now_s = time.monotonic()
         match message:
             case Submit():
-                self._waiting[message.seq_id] = message
+                self._line_up(message)
                 self._place_waiting()
             case Finish() | Abort():
                 self._end(message)
             case GetStats():
                 self._ask(message)
             case Shutdown():
+                for _, sequence in self._waiting.values():
+                    self._line.remove(sequence)
                 self._waiting.clear()
                 for replica in self._replicas:
                     if replica.is_live:
@@ -172,10 +200,13 @@ class ReplicaRouter:
         replica = self._replicas[index]
         if not replica.is_live:
             return
+        self._line.now_s = time.monotonic()
         match message:
             case TokenEvents():
                 self._count(message)
                 self._place_waiting()
+                self._deliver(message)
+            case PromptLogprobs():
                 self._deliver(message)
             case StatsReply():
                 replica.latest = message.stats
@@ -191,24 +222,40 @@ class ReplicaRouter:
         self._tell_change()
         self._place_waiting()
 
+    def _line_up(self, submit: Submit) -> None:
+        sequence = Sequence(
+            seq_id=submit.seq_id,
+            prompt_token_ids=submit.prompt_token_ids,
+            sampling=submit.sampling,
+            admission=submit.admission,
+        )
+        self._waiting[submit.seq_id] = submit, sequence
+        self._line.arrive(sequence)
+
     def _place_waiting(self) -> None:
-        while self._waiting:
-            submit = next(iter(self._waiting.values()))
-            num_prompt_tokens = len(submit.prompt_token_ids)
-            free = [
-                each
-                for each in self._replicas
-                if each.is_live and (self._is_sole or each.has_room(num_prompt_tokens))
-            ]
+        while (sequence := self._line.first()) is not None:
+            need_not_wait = self._is_sole or self._line.need_not_wait(sequence)
+            live = [each for each in self._replicas if each.is_live]
+            free = [each for each in live if each.has_room(sequence)]
+            if not free and need_not_wait:
+                free = live
             if not free:
                 return
-            del self._waiting[submit.seq_id]
-            self._place(submit, free)
+            submit, _ = self._waiting.pop(sequence.seq_id)
+            self._line.begin_step(())
+            self._line.note_start(sequence)
+            self._line.charge(sequence.admission.account, sequence.num_prompt_tokens)
+            self._place(submit, sequence, free)
 
-    def _place(self, submit: Submit, free: Sequence[_Replica]) -> None:
-        hashes: Sequence[int] = ()
+    def _place(self, submit: Submit, sequence: Sequence, free: Collection[_Replica]) -> None:
+        hashes: list[bytes] = []
         if not self._is_sole:
-            hashes = hash_blocks(submit.prompt_token_ids, self._block_size)
+            hashes = hash_blocks(
+                submit.prompt_token_ids,
+                self._block_size,
+                salt=submit.admission.cache_salt,
+                max_blocks=MAX_BLOCKS,
+            )
 
         def cost(replica: _Replica) -> tuple[int, int]:
             num_known = replica.memory.num_known(hashes) * self._block_size
@@ -217,6 +264,7 @@ class ReplicaRouter:
         replica = min(free, key=cost)
         placed = _Placed(
             replica=replica,
+            sequence=sequence,
             num_prompt_tokens=len(submit.prompt_token_ids),
             expected_output=min(submit.sampling.max_tokens, round(self._mean_output)),
         )
@@ -224,13 +272,16 @@ class ReplicaRouter:
         self._num_turns += 1
         replica.last_turn = self._num_turns
         replica.seq_ids[submit.seq_id] = None
+        if submit.admission.is_background:
+            replica.background.add(submit.seq_id)
         replica.work += placed.work
-        replica.num_held += placed.num_prompt_tokens
+        replica.hold(sequence, placed.num_prompt_tokens)
         replica.memory.remember(hashes)
         replica.member.post(submit)
 
     def _end(self, message: Finish | Abort) -> None:
-        if self._waiting.pop(message.seq_id, None) is not None:
+        if message.seq_id in self._waiting:
+            self._line.remove(self._waiting.pop(message.seq_id)[1])
             self._place_waiting()  # the next may fit where it did not
             return
         placed = self._forget(message.seq_id)
@@ -246,8 +297,10 @@ class ReplicaRouter:
         if placed is not None:
             replica = placed.replica
             del replica.seq_ids[seq_id]
+            replica.background.discard(seq_id)
             replica.work -= placed.work
-            replica.num_held -= placed.num_prompt_tokens + placed.num_generated
+            replica.hold(placed.sequence, -placed.num_prompt_tokens - placed.num_generated)
+            self._line.note_stop(placed.sequence)
         return placed
 
     def _count(self, events: TokenEvents) -> None:
@@ -258,7 +311,8 @@ class ReplicaRouter:
             work = placed.work
             placed.num_generated += 1
             placed.replica.work += placed.work - work
-            placed.replica.num_held += 1
+            placed.replica.hold(placed.sequence, 1)
+            self._line.charge(placed.sequence.admission.account, 1)
             if finish_reason is not None:
                 self._forget(seq_id)
                 self._note_length(placed.num_generated)
@@ -313,7 +367,7 @@ def _of_the_last(replica: _Replica, message: EngineFailed) -> EngineFailed:
     return replace(message, error=f"no replica is left; replica {replica.index}: {message.error}")
 
 
-def merge_facts(replicas: Sequence[PipelineFacts]) -> PipelineFacts:
+def merge_facts(replicas: list[PipelineFacts]) -> PipelineFacts:
     """What holds for all replicas together: every sequence fits every replica, and their rows, KV
     blocks and stages add up."""
     first = replicas[0]

@@ -5,19 +5,31 @@ Owned by the engine thread; no clock, no thread, no torch: a pure function of wh
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from pipeserve.core.batch import MicroBatch, PipelineFacts, StepLogprobs, StepOutput
+from pipeserve.core.batch import MicroBatch, PipelineFacts, StepOutput
+from pipeserve.engine.attention_cost import AttentionCost, StepWork
 from pipeserve.engine.block_pool import BlockPool
 from pipeserve.engine.cohorts import Cohorts
-from pipeserve.engine.messages import FinishReason, TokenEvents, TokenLogprobs
+from pipeserve.engine.event_draft import EventDraft
+from pipeserve.engine.messages import FinishReason, TokenEvents
+from pipeserve.engine.policy import AdmissionPolicy
+from pipeserve.engine.precedence import Precedence
+from pipeserve.engine.prefill_budget import PrefillBudget
+from pipeserve.engine.prefix_cache import PrefixCache
+from pipeserve.engine.reserve import OutputReserve
+from pipeserve.engine.room import Room
 from pipeserve.engine.sequence import Sequence, SequenceStatus
 from pipeserve.engine.step_draft import Chunk, StepDraft
+from pipeserve.engine.waiting_line import WaitingLine
 
-PREFILL_ITERATIONS = 8
-"""While others decode, waiting prompt tokens are spread over about this many micro-batches, so
-that no step is much longer than the next (token throttling, gLLM, arXiv 2504.14775)."""
+MAX_LOOKED_AT = 64
+"""Waiting sequences that are considered for one micro-batch."""
+TURN_BY_ARRIVAL = 8
+"""Of so many steps, one computes prompts in the order of arrival: whose turn never comes by
+priority and shares, holds its row not for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,38 +38,55 @@ class _StepInFlight:
 
     step_id: int
     sampling: tuple[tuple[Sequence, int], ...]
+    work: StepWork
 
 
 class Scheduler:
     """Admits, schedules, preempts and ends sequences on one pipeline.
 
-    Waiting sequences are admitted in order of arrival as soon as a row and the KV blocks of all
-    their known tokens are free. When a decoding sequence finds no free block, the newest running
-    sequence is preempted: it gives up its row and blocks and is computed again later.
+    Who waits is admitted in the order of the waiting line, as soon as a row is free and the KV
+    blocks of all its known tokens, with a reserve for the outputs to come. When a decoding
+    sequence finds no free block, the last in rank is preempted: it gives up its row and blocks
+    and is computed again later. The first in rank is never preempted, so somebody always ends.
     """
 
-    def __init__(self, facts: PipelineFacts) -> None:
+    def __init__(self, facts: PipelineFacts, policy: AdmissionPolicy | None = None) -> None:
         assert facts.context_length <= facts.num_blocks * facts.block_size, (
             "a single sequence of full length fits the KV cache"
         )
         assert facts.num_rows <= facts.max_batch_tokens, "every row can decode in one step"
         self.facts = facts
+        self.policy = policy or AdmissionPolicy()
         self.pool = BlockPool(facts.num_blocks)
+        self.prefix_cache = PrefixCache(
+            self.pool, block_size=facts.block_size, is_shared=self.policy.shares_prefixes
+        )
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # oldest admission first
+        self._line = WaitingLine(max_wait_s=self.policy.max_wait_s)
+        self.reserve = OutputReserve(block_size=facts.block_size)
+        self._budget = PrefillBudget(facts)
+        self._attention = AttentionCost()
+        self._running: dict[Sequence, None] = {}
+        self._precedence = Precedence(self._running.keys(), line=self._line, pool=self.pool)
+        self._room = Room(
+            self._running.keys(),
+            line=self._line,
+            pool=self.pool,
+            reserve=self.reserve,
+            block_size=facts.block_size,
+        )
+        self._prefilling: dict[Sequence, None] = {}  # of them, those with prompt left to compute
         self._free_rows = list(range(facts.num_rows - 1, -1, -1))
         self._cohorts = Cohorts(count=facts.num_stages, num_look_ahead=facts.num_look_ahead)
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_step_id = 0
-        self._num_admissions = 0
-        self._num_waiting_tokens = 0
+        self._num_decode_steps = 0  # since the last step with prompt chunks only
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._line)
 
     @property
     def num_running(self) -> int:
@@ -72,65 +101,113 @@ class Scheduler:
     def has_steps_in_flight(self) -> bool:
         return bool(self._in_flight)
 
+    def tell_time(self, now_s: float) -> None:
+        """What the clock says; sequences that arrive are taken to arrive now."""
+        self._line.now_s = now_s
+
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         assert (
             sequence.num_prompt_tokens + sequence.sampling.max_tokens <= self.facts.context_length
         ), "prompt and output fit the context"
-        self._waiting.append(sequence)
-        self._num_waiting_tokens += len(sequence.token_ids)
+        self._line.arrive(sequence)
 
     def end(self, sequence: Sequence, status: SequenceStatus) -> None:
         """FINISHED or ABORTED: free all that the sequence holds; what is in flight is dropped."""
         if sequence.status is SequenceStatus.RUNNING:
             self._give_back(sequence)
         else:
-            self._waiting.remove(sequence)
-            self._num_waiting_tokens -= len(sequence.token_ids)
+            self._line.remove(sequence)
+        if status is SequenceStatus.FINISHED:
+            self.reserve.note_finished(sequence.num_output_tokens)
         sequence.release(status)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.release(SequenceStatus.WAITING)
-        self._waiting.appendleft(sequence)
-        self._num_waiting_tokens += len(sequence.token_ids)
+        self._line.add(sequence)
         self.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
         assert sequence.row is not None, "a running sequence has a row"
         self._cohorts.leave(sequence)
-        self._running.remove(sequence)
+        del self._running[sequence]
+        self._prefilling.pop(sequence, None)
         self._free_rows.append(sequence.row)
+        self._line.note_stop(sequence)
+        self.prefix_cache.note_end(sequence)
         self.pool.free(sequence.block_table)
 
     def schedule(self) -> MicroBatch | None:
         """The next micro-batch, or None if the pipeline is full or there is nothing to do."""
         if len(self._in_flight) >= self.facts.num_stages + self.facts.num_look_ahead:
             return None
+        self._make_way()
         draft = StepDraft()
-        self._plan_decode(draft)
-        self._plan_prefill(draft)
+        if self.policy.mixes_prefill:
+            self._plan_decode(draft)
+            self._plan_prefill(draft)
+        else:
+            self._plan_either(draft)
         if not draft.chunks:
             return None
         batch = draft.build(self._next_step_id)
-        self._advance(draft.chunks)
+        self._advance(draft)
         return batch
+
+    def _plan_either(self, draft: StepDraft) -> None:
+        """Decode rows or prompt chunks: chunks once every cohort has had a turn."""
+        plans = [self._plan_decode, self._plan_prefill]
+        if self._num_decode_steps >= self._cohorts.num_lanes:
+            plans.reverse()
+        for plan in plans:
+            if not draft.chunks:
+                plan(draft)
+        self._num_decode_steps = self._num_decode_steps + 1 if draft.decode else 0
+
+    def _make_way(self) -> None:
+        """Preempt for those who are owed a row, before anything of this step is planned."""
+        num_rows, num_blocks = len(self._free_rows), self.pool.num_free
+        looked_at: set[Sequence] = set()
+        while (sequence := self._line.first(looked_at)) is not None:
+            looked_at.add(sequence)
+            if len(looked_at) > MAX_LOOKED_AT or not self._precedence.is_owed(sequence):
+                return
+            found = self.prefix_cache.find(sequence)
+            if self.prefix_cache.who_computes(sequence, len(found)) is not None:
+                continue
+            num_blocks -= self._room.num_needed(sequence, found)
+            victims = self._precedence.victims(sequence, num_rows=num_rows, num_blocks=num_blocks)
+            if victims is None or not self._room.leaves_reserve(sequence, num_blocks):
+                return
+            for victim in victims:
+                num_blocks += self.pool.count_private(victim.block_table)
+                self._preempt(victim)
+            num_rows += len(victims) - 1
 
     def _plan_decode(self, draft: StepDraft) -> None:
         while not draft.decode and (ready := self._cohorts.take_turn(self._next_step_id)):
-            # Oldest first: whoever a growing sequence preempts is newer, so not in the draft yet.
-            for sequence in sorted(ready, key=lambda sequence: sequence.admission):
+            if len(ready) > self.pool.num_free:
+                # First in rank first: whom it preempts is behind it, so not in the draft yet.
+                ready.sort(key=self._precedence.ranks().__getitem__)
+            for sequence in ready:
                 if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, draft):
                     draft.decode.append(Chunk(sequence=sequence, num_tokens=1, samples=True))
-            # Again if all of this cohort were preempted, the last for want of a block that an older
-            # one of another cohort holds: that one must go on, or nobody would.
+            # Again if all of this cohort were preempted, the last for want of a block that one of
+            # another cohort holds: that one must go on, or nobody would.
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        """Whether its next token needs another block."""
+        return sequence.num_computed_tokens >= len(sequence.block_table) * self.facts.block_size
 
     def _grow(self, sequence: Sequence, draft: StepDraft) -> bool:
-        """Make room for one more token, preempting newer sequences; False if it was preempted."""
-        if sequence.num_computed_tokens < len(sequence.block_table) * self.facts.block_size:
+        """Make room for one more token, preempting the last in rank; False if that was itself."""
+        if not self._is_full(sequence):
             return True
         while (taken := self.pool.allocate(1)) is None:
-            victim = self._running[-1]
+            ranks = self._precedence.ranks()
+            victim = max(ranks, key=ranks.__getitem__)
+            self.reserve.note_preemption()
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -138,51 +215,86 @@ class Scheduler:
         return True
 
     def _plan_prefill(self, draft: StepDraft) -> None:
-        budget = self._prefill_budget(len(draft.decode))
-        prefilling = deque(s for s in self._running if s.num_remaining_prefill > 0)
-        while budget > 0:
-            sequence = prefilling.popleft() if prefilling else self._admit_next(draft)
+        budget: float = self._budget.num_tokens(
+            num_decode_rows=len(draft.decode),
+            num_pending=self._line.num_tokens
+            + sum(sequence.num_remaining_prefill for sequence in self._prefilling),
+            is_decoding=any(
+                sequence.wants_token
+                for sequence in self._running
+                if sequence not in self._prefilling
+            ),
+        )
+        self._line.begin_step(self._prefilling)
+        going_on = dict(self._prefilling)
+        looked_at: set[Sequence] = set()
+        may_start = True
+        while budget >= 1.0:
+            waiting = self._line.first(looked_at) if may_start else None
+            sequence = self._next_prompt(going_on, waiting)
             if sequence is None:
                 return
-            num_tokens = min(sequence.num_remaining_prefill, budget)
-            budget -= num_tokens
-            is_last = num_tokens == sequence.num_remaining_prefill
-            draft.prefill.append(Chunk(sequence=sequence, num_tokens=num_tokens, samples=is_last))
+            if sequence is waiting:
+                looked_at.add(sequence)
+                sequence = self._start(sequence, draft)
+                may_start = sequence is not None and len(looked_at) < MAX_LOOKED_AT
+                if sequence is None or (sequence is not waiting and sequence not in going_on):
+                    continue
+            going_on.pop(sequence, None)
+            budget = self._add_chunk(sequence, budget, draft)
 
-    def _prefill_budget(self, num_decode_rows: int) -> int:
-        """Prompt tokens for this step: enough to keep up, not so many that decoding stalls."""
-        space = self.facts.max_batch_tokens - num_decode_rows
-        num_pending = self._num_waiting_tokens
-        num_pending += sum(s.num_remaining_prefill for s in self._running)
-        is_anyone_decoding = any(s.is_decoding for s in self._running)
-        num_parts = PREFILL_ITERATIONS if is_anyone_decoding else self.facts.num_stages
-        least = self.facts.max_batch_tokens // PREFILL_ITERATIONS
-        return min(space, max(-(-num_pending // num_parts), least))
+    def _next_prompt(
+        self, going_on: Collection[Sequence], waiting: Sequence | None
+    ) -> Sequence | None:
+        """Which of the prompts that are being computed goes on, or whether `waiting` starts."""
+        if waiting is not None and (not going_on or self._line.is_overdue(waiting)):
+            return waiting
+        if going_on and self._next_step_id % TURN_BY_ARRIVAL == 0:
+            return min(going_on, key=lambda each: (each.admission.is_background, each.ordinal))
+        candidates = going_on if waiting is None else (*going_on, waiting)
+        return min(candidates, key=self._line.order, default=None)
 
-    def _admit_next(self, draft: StepDraft) -> Sequence | None:
-        """Give the longest-waiting sequence a row and the blocks of all its known tokens."""
-        if not self._waiting or not self._free_rows:
+    def _start(self, sequence: Sequence, draft: StepDraft) -> Sequence | None:
+        """Give a waiting sequence a row, and the blocks of all its known tokens.
+
+        Returns it; or, still waiting, the one that is about to compute what it needs next, which
+        should have its turn; None if there is no room.
+        """
+        found = self.prefix_cache.find(sequence)
+        computing = self.prefix_cache.who_computes(sequence, len(found))
+        if computing is not None:
+            return computing
+        if not self._free_rows or not self._room.fits(sequence, found):
             return None
-        sequence = self._waiting[0]
-        num_needed = -(-len(sequence.token_ids) // self.facts.block_size)
-        # One block in reserve per running sequence, or the newcomer would soon be preempted.
-        if self._running and num_needed + len(self._running) > self.pool.num_free:
-            return None
-        block_ids = self.pool.allocate(num_needed)
-        assert block_ids is not None, "an empty pool holds any sequence"
-        self._waiting.popleft()
-        self._num_waiting_tokens -= len(sequence.token_ids)
-        sequence.start(self._free_rows.pop(), self._num_admissions)
-        self._num_admissions += 1
-        self._running.append(sequence)
+        self.pool.share(found)
+        taken = self.pool.allocate(self._room.num_blocks(sequence) - len(found))
+        assert taken is not None, "there is room"
+        self._line.note_start(sequence)
+        sequence.start(
+            self._free_rows.pop(), num_computed_tokens=len(found) * self.facts.block_size
+        )
+        self._running[sequence] = self._prefilling[sequence] = None
         draft.add_start(sequence)
-        draft.append_blocks(sequence, block_ids)
+        draft.append_blocks(sequence, found + taken)
+        self.prefix_cache.note_start(sequence, len(found))
         return sequence
 
-    def _advance(self, chunks: list[Chunk]) -> None:
+    def _add_chunk(self, sequence: Sequence, budget: float, draft: StepDraft) -> float:
+        """Compute as much of its prompt as the budget allows; returns what is left of that."""
+        first = sequence.num_computed_tokens
+        num_tokens = min(sequence.num_remaining_prefill, self._attention.num_tokens(first, budget))
+        is_last = num_tokens == sequence.num_remaining_prefill
+        draft.prefill.append(Chunk(sequence=sequence, num_tokens=num_tokens, samples=is_last))
+        self._line.charge(sequence.admission.account, num_tokens)
+        if is_last:
+            del self._prefilling[sequence]
+        return budget - self._attention.cost(first, num_tokens)
+
+    def _advance(self, draft: StepDraft) -> None:
         """Record the submitted step: its tokens count as computed, its samples as on their way."""
-        step_id = self._next_step_id
+        step_id, work = self._next_step_id, StepWork.of(draft)
         self._next_step_id += 1
+        chunks = draft.chunks
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_computed_tokens += chunk.num_tokens
@@ -191,10 +303,13 @@ class Scheduler:
                 sequence.last_sample_step = step_id
                 if sequence.cohort is None:
                     self._cohorts.join(sequence)
+        for chunk in draft.prefill:
+            self.prefix_cache.name_computed(chunk.sequence)
         self._in_flight.append(
             _StepInFlight(
                 step_id=step_id,
                 sampling=tuple((c.sequence, c.sequence.generation) for c in chunks if c.samples),
+                work=work,
             )
         )
 
@@ -206,31 +321,28 @@ class Scheduler:
         step = self._in_flight.popleft()
         assert step.step_id == output.step_id, "steps come back in order"
         assert len(step.sampling) == len(output.token_ids), "one token per sampling row"
-        seq_ids: list[int] = []
-        token_ids: list[int] = []
-        reasons: list[FinishReason | None] = []
-        logprobs: list[TokenLogprobs | None] = []
+        if output.stage_spans:
+            self._attention.note(step.work, max(span.length_s for span in output.stage_spans))
+        events = EventDraft(output.logprobs)
+        served: Counter[str] = Counter()
         for index, (sequence, generation) in enumerate(step.sampling):
             if sequence.generation != generation:  # it ended or was preempted meanwhile
                 continue
             token_id = int(output.token_ids[index])
-            seq_ids.append(sequence.seq_id)
-            token_ids.append(token_id)
-            reasons.append(self._append_token(sequence, token_id))
-            logprobs.append(_token_logprobs(sequence, output.logprobs, index))
-        self.num_generated_tokens += len(token_ids)
-        return TokenEvents(
-            seq_ids=tuple(seq_ids),
-            token_ids=tuple(token_ids),
-            finish_reasons=tuple(reasons),
-            logprobs=tuple(logprobs),
-        )
+            events.add(sequence, token_id, self._append_token(sequence, token_id), index)
+            served[sequence.admission.account] += 1
+        for account, num_tokens in served.items():
+            self._line.charge(account, num_tokens)
+        self.num_generated_tokens += len(events.token_ids)
+        return events.build()
 
     def _append_token(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         if sequence.num_output_tokens == 0:
             self.num_prompt_tokens += sequence.num_prompt_tokens
         sequence.token_ids.append(token_id)
         sequence.num_in_flight -= 1
+        if (len(sequence.token_ids) - 1) % self.facts.block_size == 0:
+            self.prefix_cache.name_computed(sequence)
         if token_id in sequence.sampling.stop_token_ids:
             reason = FinishReason.STOP
         elif sequence.num_output_tokens == sequence.sampling.max_tokens:
@@ -242,26 +354,12 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that rows and blocks are each held once; for tests and idle moments."""
-        self.pool.check_integrity()
-        held = [block_id for s in self._running for block_id in s.block_table]
-        assert len(held) == len(set(held)), "a block is held by two sequences"
-        assert len(held) + self.pool.num_free == self.pool.num_blocks, "a block is lost"
-        rows = {s.row for s in self._running} | set(self._free_rows)
+        held = [block_id for sequence in self._running for block_id in sequence.block_table]
+        self.pool.check_integrity(held)
+        rows = {sequence.row for sequence in self._running} | set(self._free_rows)
         assert len(rows) == self.facts.num_rows, "a row is lost"
         assert len(self._running) + len(self._free_rows) == len(rows), "a row is held twice"
-        waiting_tokens = sum(len(s.token_ids) for s in self._waiting)
-        assert waiting_tokens == self._num_waiting_tokens, "waiting tokens are miscounted"
-
-
-def _token_logprobs(
-    sequence: Sequence, logprobs: StepLogprobs | None, index: int
-) -> TokenLogprobs | None:
-    count = sequence.sampling.num_logprobs
-    if count is None:
-        return None
-    assert logprobs is not None, "a row that asks for log-probabilities gets them"
-    return TokenLogprobs(
-        logprob=float(logprobs.token_S[index]),
-        top_ids=tuple(logprobs.top_ids_SK[index, :count].tolist()),
-        top_logprobs=tuple(logprobs.top_SK[index, :count].tolist()),
-    )
+        unfinished = {sequence for sequence in self._running if sequence.num_remaining_prefill > 0}
+        assert unfinished == set(self._prefilling), "a prompt is forgotten"
+        self._line.check_integrity(self._running)
+        self.prefix_cache.check_integrity()

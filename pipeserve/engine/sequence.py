@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.sampling import SamplingParams
 
 
@@ -50,17 +51,27 @@ class Sequence:
     seq_id: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    admission: AdmissionParams = field(default_factory=AdmissionParams)
     token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     row: int | None = None
     """Row slot on every stage while RUNNING."""
-    admission: int = 0
-    """Ordinal of its admission: the newest running sequence is preempted first."""
+    ordinal: int = 0
+    """Of its arrival; kept through preemptions."""
+    arrival_s: float = 0.0
+    """When it arrived, by the clock that the scheduler is told."""
     cohort: int | None = None
     """The cohort it decodes with; set at its first decode."""
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Names of its first full blocks, as far as anyone asked."""
+    num_named_blocks: int = 0
+    """Of its block table, from the first on: found in the prefix cache or named there."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens that it did not compute at its first admission; None before."""
     num_computed_tokens: int = 0
-    """Tokens whose KV has been computed or is being computed by a submitted step."""
+    """Tokens whose KV has been computed or is being computed by a submitted step, whether its own
+    or another sequence's."""
     num_in_flight: int = 0
     """Tokens sampled by submitted steps whose result is not known yet."""
     last_sample_step: int | None = None
@@ -114,11 +125,12 @@ class Sequence:
             )
         self.status = status
 
-    def start(self, row: int, admission: int) -> None:
-        """WAITING -> RUNNING: take a row and compute all known tokens from the first on."""
+    def start(self, row: int, *, num_computed_tokens: int) -> None:
+        """WAITING -> RUNNING: take a row and compute the known tokens but for the first ones."""
+        assert num_computed_tokens < len(self.token_ids), "the last known token is always computed"
         self.move_to(SequenceStatus.RUNNING)
         self.row = row
-        self.admission = admission
+        self.num_computed_tokens = num_computed_tokens
         self.num_prefill_tokens = len(self.token_ids)
 
     def release(self, status: SequenceStatus) -> None:
@@ -130,6 +142,7 @@ class Sequence:
         self.row = None
         self.cohort = None
         self.block_table = []
+        self.num_named_blocks = 0
         self.num_computed_tokens = 0
         self.num_in_flight = 0
         self.last_sample_step = None

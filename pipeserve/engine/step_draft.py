@@ -47,6 +47,7 @@ class StepDraft:
                 sampling=sequence.sampling,
                 token_ids=np.array(sequence.token_ids, np.int32),
                 num_prompt_tokens=sequence.num_prompt_tokens,
+                seq_id=sequence.seq_id,
             )
         )
 

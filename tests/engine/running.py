@@ -28,6 +28,7 @@ async def running_engine(
     pipeline_facts: PipelineFacts | None = None,
     stage_timeout_s: float = 60.0,
     max_queued_requests: int = 1000,
+    max_queued_tokens: int | None = None,
     **pipeline_options: Any,
 ) -> AsyncIterator[RunningEngine]:
     """Engine, client and fake pipeline; ended when the context is left."""
@@ -35,7 +36,10 @@ async def running_engine(
     inbox: Inbox = queue.SimpleQueue()
     pipeline = FakePipeline(pipeline_facts or facts(), inbox.put, **pipeline_options)
     client = EngineClient(
-        facts=pipeline.facts, post=inbox.put, max_queued_requests=max_queued_requests
+        facts=pipeline.facts,
+        post=inbox.put,
+        max_queued_requests=max_queued_requests,
+        max_queued_tokens=max_queued_tokens,
     )
 
     def to_loop(message: EngineMessage) -> None:

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from pipeserve.core.sampling import SamplingParams
-from pipeserve.engine.client import EngineClient, Generation
+from pipeserve.engine.client import EngineClient
+from pipeserve.engine.generation import Generation
 from pipeserve.engine.messages import EngineFailed, FinishReason
 from pipeserve.errors import (
     NotReadyError,

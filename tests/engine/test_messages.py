@@ -13,8 +13,10 @@ import pytest
 
 from pipeserve.config import Config
 from pipeserve.core import batch, layout, loading
+from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.batch import (
     MicroBatch,
+    PromptLogprobs,
     RowStart,
     Span,
     StageFailure,
@@ -124,6 +126,13 @@ EXAMPLES: tuple[Any, ...] = (
         logprobs=LOGPROBS,
         stage_spans=(Span(start_s=0.1, end_s=0.2),) * 2,
     ),
+    PromptLogprobs(
+        seq_id=3,
+        first=1,
+        token_P=np.array([-0.5], np.float32),
+        top_ids_PK=np.array([[7]], np.int32),
+        top_PK=np.array([[-0.25]], np.float32),
+    ),
     Span(start_s=0.1, end_s=0.2),
     StageFailure(stage=1, error="RuntimeError: out of memory"),
 )
@@ -156,7 +165,7 @@ def test_every_message_has_an_example() -> None:
         for module in (messages, batch, loading, layout)
         for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
     }
-    nested = {SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
+    nested = {AdmissionParams, SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
     assert {type(message) for message in EXAMPLES} == defined - nested
     unions = (messages.FrontMessage, messages.RouterMessage, messages.StartMessage)
     assert {kind for union in unions for kind in get_args(union)} <= defined

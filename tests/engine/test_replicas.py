@@ -11,8 +11,10 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.batch import PipelineFacts
 from pipeserve.core.sampling import SamplingParams
+from pipeserve.engine.block_hashes import hash_blocks
 from pipeserve.engine.messages import (
     Abort,
     EngineFailed,
@@ -28,7 +30,7 @@ from pipeserve.engine.messages import (
     Submit,
     TokenEvents,
 )
-from pipeserve.engine.prefix_memory import MAX_BLOCKS, PrefixMemory, hash_blocks
+from pipeserve.engine.prefix_memory import PrefixMemory
 from pipeserve.engine.replicas import Member, ReplicaRouter, merge_facts
 from pipeserve.engine.stats import EngineStats, total_stats
 from tests.fakes import facts
@@ -120,9 +122,17 @@ class Front:
         members = [Member(facts=each.facts, post=each.post) for each in self.replicas]
         self.router = ReplicaRouter(members, deliver=self.delivered.append)
 
-    def submit(self, seq_id: int, prompt: Iterable[int] = (1,), max_tokens: int = 4) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, seed=0)
-        self.router.post(Submit(seq_id=seq_id, prompt_token_ids=tuple(prompt), sampling=sampling))
+    def submit(
+        self, seq_id: int, prompt: Iterable[int] = (1,), max_tokens: int = 4, **admission: object
+    ) -> None:
+        self.router.post(
+            Submit(
+                seq_id=seq_id,
+                prompt_token_ids=tuple(prompt),
+                sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+                admission=AdmissionParams(**admission),  # type: ignore[arg-type]
+            )
+        )
 
     def step(self, index: int) -> None:
         self.router.take(index, self.replicas[index].step())
@@ -384,18 +394,50 @@ def test_stats_of_stages_stand_in_the_order_of_replicas() -> None:
     assert (total.num_replicas, total.stages_per_replica) == (2, 2)
 
 
-def test_a_hash_names_a_block_and_all_before_it() -> None:
-    first = hash_blocks(range(12), 4)
-    assert len(first) == 3
-    assert hash_blocks([*range(8), 99], 4) == first[:2]
-    other = hash_blocks([99, *range(1, 12)], 4)
-    assert not set(first) & set(other)
-    assert len(hash_blocks(range(4 * MAX_BLOCKS + 400), 4)) == MAX_BLOCKS
-
-
 def test_the_memory_keeps_what_was_used_last_and_starts_longer_than_ends() -> None:
     memory = PrefixMemory(4)
     old, new = hash_blocks(range(12), 4), hash_blocks(range(100, 108), 4)
     memory.remember(old)
     memory.remember(new)
     assert (len(memory), memory.num_known(old), memory.num_known(new)) == (4, 2, 2)
+
+
+def test_interactive_sequences_do_not_wait_for_those_in_the_background() -> None:
+    front = Front(2, 2)
+    for seq_id in range(8):
+        front.submit(seq_id, is_background=True)
+    assert front.router.num_waiting == 4
+    for seq_id in range(10, 15):
+        front.submit(seq_id)
+    assert [seq_id for seq_id, _ in front.placed[4:]] == [10, 11, 12, 13]
+    assert sorted(index for _, index in front.placed[4:]) == [0, 0, 1, 1]
+    for _ in range(4):
+        front.step(0)
+        front.step(1)
+    assert front.placed[8][0] == 14
+
+
+def test_the_first_sequence_of_a_key_does_not_wait_for_those_of_others() -> None:
+    """The replica's scheduler makes way for it."""
+    front = Front(2, 2)
+    for seq_id in range(20):
+        front.submit(seq_id, account="bulk")
+    assert front.router.num_waiting == 16
+    front.submit(100, account="chat")
+    front.submit(101, account="chat")
+    assert front.placed[-1][0] == 100
+    assert front.router.num_waiting == 17
+    for _ in range(4):
+        front.step(0)
+        front.step(1)
+    assert 101 in [seq_id for seq_id, _ in front.placed[5:7]]
+
+
+def test_lower_priorities_leave_the_line_first() -> None:
+    front = Front(1, 1)
+    for seq_id, priority in enumerate([0, 0, 3, 1, 2]):
+        front.submit(seq_id, priority=priority)
+    for _ in range(8):
+        front.step(0)
+        front.step(1)
+    assert [seq_id for seq_id, _ in front.placed] == [0, 1, 3, 4, 2]

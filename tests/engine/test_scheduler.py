@@ -8,36 +8,18 @@ from collections import Counter
 import pytest
 
 from pipeserve.core.batch import MicroBatch
-from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.block_pool import BlockPool
 from pipeserve.engine.scheduler import Scheduler
-from pipeserve.engine.sequence import IllegalTransitionError, Sequence, SequenceStatus
-from tests.fakes import FakeStages, expected_tokens, facts
-
-
-def sequence(seq_id: int, num_prompt: int = 4, max_tokens: int = 8) -> Sequence:
-    return Sequence(
-        seq_id=seq_id,
-        prompt_token_ids=tuple(range(seq_id, seq_id + num_prompt)),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=seq_id),
-    )
-
-
-def fill(scheduler: Scheduler, stages: FakeStages) -> list[MicroBatch]:
-    """Schedule until the scheduler has no more for the pipeline."""
-    batches = []
-    while (batch := scheduler.schedule()) is not None:
-        stages.submit(batch)
-        batches.append(batch)
-    return batches
-
-
-def run_step(scheduler: Scheduler, stages: FakeStages) -> None:
-    """Take the oldest step in flight through all stages."""
-    for index in range(scheduler.facts.num_stages):
-        output = stages.advance(index)
-    assert output is not None
-    scheduler.update(output)
+from pipeserve.engine.sequence import IllegalTransitionError, SequenceStatus
+from tests.engine.scheduling import (
+    assert_right,
+    expect_short_outputs,
+    fill,
+    run_all,
+    run_step,
+    sequence,
+)
+from tests.fakes import FakeStages, facts
 
 
 def run_until_decoding(scheduler: Scheduler, stages: FakeStages, count: int) -> list[MicroBatch]:
@@ -49,7 +31,7 @@ def run_until_decoding(scheduler: Scheduler, stages: FakeStages, count: int) -> 
 
 
 def test_decode_rows_are_split_evenly_over_the_stages() -> None:
-    scheduler = Scheduler(facts(num_stages=2, num_rows=8))
+    scheduler = Scheduler(facts(num_stages=2, num_rows=8, num_blocks=128))
     stages = FakeStages(scheduler.facts)
     for seq_id in range(8):
         scheduler.add(sequence(seq_id, max_tokens=50))
@@ -108,6 +90,7 @@ def test_max_tokens_is_never_overrun_by_look_ahead() -> None:
 def test_the_newest_is_preempted_and_still_gets_its_tokens() -> None:
     scheduler = Scheduler(facts(num_blocks=8, block_size=2, context_length=16, num_rows=2))
     stages = FakeStages(scheduler.facts)
+    expect_short_outputs(scheduler)
     old, new = sequence(0, max_tokens=12), sequence(1, max_tokens=12)
     scheduler.add(old)
     scheduler.add(new)
@@ -116,34 +99,30 @@ def test_the_newest_is_preempted_and_still_gets_its_tokens() -> None:
         run_step(scheduler, stages)
     assert new.status is SequenceStatus.WAITING
     assert old.status is SequenceStatus.RUNNING
-    while scheduler.num_waiting or scheduler.num_running:
-        fill(scheduler, stages)
-        run_step(scheduler, stages)
+    run_all(scheduler, stages)
     for done in (old, new):
-        expected = expected_tokens(done.prompt_token_ids, done.sampling)
-        assert done.token_ids[done.num_prompt_tokens :] == expected
+        assert_right(done)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 def test_somebody_can_always_go_on_however_small_the_pool(num_stages: int) -> None:
     """Also where a cohort's only sequence is preempted by itself: the turn passes on."""
     num_preemptions = 0
-    for num_blocks, first, second in itertools.product(range(5, 10), range(1, 5), range(1, 5)):
+    sizes = itertools.product(range(5, 10), range(1, 5), range(1, 5))
+    for num_blocks, first, second in sizes:
         limits = facts(
             num_stages=num_stages, num_blocks=num_blocks, block_size=1, context_length=num_blocks
         )
         scheduler = Scheduler(limits)
         stages = FakeStages(limits)
+        expect_short_outputs(scheduler)
         sequences = [
             sequence(seq_id, num_prompt=length, max_tokens=num_blocks - length)
             for seq_id, length in enumerate((first, second, second, first))
         ]
         for arriving in sequences:
             scheduler.add(arriving)
-        while not all(running.is_ended for running in sequences):
-            batches = fill(scheduler, stages)
-            assert batches or scheduler.has_steps_in_flight, "nobody can go on"
-            run_step(scheduler, stages)
+        run_all(scheduler, stages)
         num_preemptions += scheduler.num_preemptions
     assert num_preemptions > 0
 
@@ -176,11 +155,23 @@ def test_waiting_prompts_do_not_take_a_whole_step_from_those_that_decode() -> No
     assert max(len(batch.prefill_token_ids) for batch in mixed) <= 25
 
 
+def test_prompts_without_a_further_token_to_come_are_computed_at_full_pace() -> None:
+    scheduler = Scheduler(facts(num_stages=1, max_batch_tokens=64, num_blocks=512, num_rows=32))
+    stages = FakeStages(scheduler.facts)
+    for seq_id in range(16):
+        scheduler.add(sequence(seq_id, num_prompt=40, max_tokens=1))
+    sizes = []
+    while scheduler.num_waiting:
+        sizes += [batch.num_tokens for batch in fill(scheduler, stages)]
+        run_step(scheduler, stages)
+    assert set(sizes) == {64}
+
+
 def test_an_illegal_transition_raises_and_changes_nothing() -> None:
     done = sequence(0)
     done.move_to(SequenceStatus.ABORTED)
     with pytest.raises(IllegalTransitionError, match="from aborted to running"):
-        done.start(0, 0)
+        done.start(0, num_computed_tokens=0)
     assert done.status is SequenceStatus.ABORTED
     assert done.row is None
 

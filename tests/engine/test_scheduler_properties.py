@@ -1,16 +1,35 @@
-"""Hypothesis drives scheduler and block pool through random arrivals, aborts and pool sizes."""
+"""Hypothesis drives the scheduler through random arrivals, aborts, classes and pool sizes."""
 
 from __future__ import annotations
+
+import itertools
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.messages import FinishReason
+from pipeserve.engine.policy import AdmissionPolicy
+from pipeserve.engine.reserve import MEMORY
 from pipeserve.engine.scheduler import Scheduler
 from pipeserve.engine.sequence import Sequence, SequenceStatus
 from tests.fakes import FakeStages, expected_tokens, facts
+
+ADMISSIONS = st.builds(
+    AdmissionParams,
+    priority=st.integers(-1, 1),
+    account=st.sampled_from(["", "a", "b"]),
+    is_background=st.booleans(),
+    cache_salt=st.sampled_from(["", "", "salt"]),
+)
+POLICIES = st.builds(
+    AdmissionPolicy,
+    shares_prefixes=st.sampled_from([True, True, True, False]),
+    mixes_prefill=st.booleans(),
+    max_wait_s=st.sampled_from([1.0, 1000.0]),
+)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -23,6 +42,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         extra_batch_tokens=st.integers(0, 12),
         num_look_ahead=st.integers(0, 1),
+        policy=POLICIES,
+        expects_short_outputs=st.booleans(),
     )
     def build(
         self,
@@ -32,6 +53,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size: int,
         extra_batch_tokens: int,
         num_look_ahead: int,
+        policy: AdmissionPolicy,
+        expects_short_outputs: bool,
     ) -> None:
         self.facts = facts(
             num_stages=num_stages,
@@ -42,29 +65,44 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_batch_tokens=num_rows + extra_batch_tokens,
             num_look_ahead=num_look_ahead,
         )
-        self.scheduler = Scheduler(self.facts)
+        self.scheduler = Scheduler(self.facts, policy)
+        for _ in range(MEMORY if expects_short_outputs else 0):
+            self.scheduler.reserve.note_finished(1)
         self.stages = FakeStages(self.facts)
         self.live: dict[int, Sequence] = {}
         self.tokens: dict[int, list[int]] = {}
         self.num_submitted = 0
+        self.now_s = 0.0
 
-    @rule(data=st.data())
-    def submit(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), admission=ADMISSIONS)
+    def submit(self, data: st.DataObject, admission: AdmissionParams) -> None:
+        """Prompts begin alike, so that there is something to share."""
         context = self.facts.context_length
-        prompt = data.draw(st.lists(st.integers(0, 255), min_size=1, max_size=context - 1))
+        num_same = data.draw(st.integers(0, context - 1))
+        own = data.draw(st.lists(st.integers(0, 255), max_size=context - 1 - num_same))
+        prompt = [*(position % 3 for position in range(num_same)), *own] or [0]
         max_tokens = data.draw(st.integers(1, context - len(prompt)))
         stops = data.draw(st.sets(st.integers(ord("a"), ord("z")), max_size=3))
         sequence = Sequence(
             seq_id=self.num_submitted,
             prompt_token_ids=tuple(prompt),
             sampling=SamplingParams(
-                max_tokens=max_tokens, seed=self.num_submitted, stop_token_ids=tuple(stops)
+                max_tokens=max_tokens,
+                seed=self.num_submitted,
+                stop_token_ids=tuple(stops),
+                num_prompt_logprobs=data.draw(st.sampled_from([None, None, None, 0])),
             ),
+            admission=admission,
         )
         self.num_submitted += 1
         self.live[sequence.seq_id] = sequence
         self.tokens[sequence.seq_id] = []
         self.scheduler.add(sequence)
+
+    @rule(seconds=st.sampled_from([0.1, 2.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.scheduler.tell_time(self.now_s)
 
     @precondition(lambda self: self.live)
     @rule(
@@ -113,6 +151,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def nothing_lost(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
+
+    @invariant()
+    def nothing_shared_wrongly(self) -> None:
+        running = [s for s in getattr(self, "live", {}).values() if s.row is not None]
+        size = self.facts.block_size if running else 0
+        for one, other in itertools.combinations(running, 2):
+            for column, (left, right) in enumerate(zip(one.block_table, other.block_table)):  # noqa: B905
+                if left == right:
+                    assert one.admission.cache_salt == other.admission.cache_salt
+                    end = (column + 1) * size
+                    assert one.token_ids[:end] == other.token_ids[:end]
+                    assert min(len(one.token_ids), len(other.token_ids)) >= end
+        for sequence in running:
+            scores = sequence.sampling.num_prompt_logprobs is not None
+            if scores or not self.scheduler.policy.shares_prefixes:
+                assert sequence.num_cached_tokens == 0
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

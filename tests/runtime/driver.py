@@ -16,7 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeserve.config import Config
-from pipeserve.core.batch import MicroBatch, RowStart, StageFailure, StepLogprobs, StepOutput
+from pipeserve.core.batch import (
+    MicroBatch,
+    PromptLogprobs,
+    RowStart,
+    StageFailure,
+    StepLogprobs,
+    StepOutput,
+)
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.runtime.pipeline import Pipeline
@@ -54,6 +61,8 @@ class Result:
     logprobs: list[float] = field(default_factory=list)
     top_ids: list[list[int]] = field(default_factory=list)
     top_logprobs: list[list[float]] = field(default_factory=list)
+    prompt_logprobs: dict[int, tuple[float, dict[int, float]]] = field(default_factory=dict)
+    """By the token's place in the prompt: its own, and those of the likeliest ids."""
 
 
 @dataclass(kw_only=True)
@@ -98,6 +107,8 @@ class Driver:
         self.pipeline = pipeline
         self.outputs = outputs
         self.num_steps = 0
+        self._scored: dict[int, Result] = {}
+        """By row, which is the name of the sequence."""
         self.stage_busy_s = np.zeros(pipeline.facts.num_stages)
 
     def generate(self, prompts: Sequence[Prompt], schedule: Schedule | None = None) -> list[Result]:
@@ -110,6 +121,7 @@ class Driver:
             _Running(row=facts.num_rows - 1 - index, prompt=prompt, result=Result())
             for index, prompt in enumerate(prompts)
         ]
+        self._scored = {running.row: running.result for running in everyone}
         in_flight: dict[int, list[_Running]] = {}
         while not all(len(r.result.token_ids) == r.prompt.sampling.max_tokens for r in everyone):
             parts = self._plan(everyone, schedule, free, len(in_flight))
@@ -122,6 +134,7 @@ class Driver:
             self.num_steps += 1
         while in_flight:
             self._take_output(in_flight)
+        self._scored.clear()
         return [running.result for running in everyone]
 
     def _plan(
@@ -213,6 +226,8 @@ class Driver:
         self.stage_busy_s += [span.length_s for span in output.stage_spans]
         samplers = in_flight.pop(output.step_id)
         assert len(output.token_ids) == len(samplers)
+        for scored in output.prompt_logprobs:
+            _take_prompt_logprobs(self._scored[scored.seq_id], scored)
         for index, running in enumerate(samplers):
             running.result.token_ids.append(int(output.token_ids[index]))
             if output.logprobs is not None:
@@ -226,7 +241,16 @@ def _row_start(running: _Running) -> RowStart:
         sampling=prompt.sampling,
         token_ids=np.array(prompt.token_ids, dtype=np.int32),
         num_prompt_tokens=len(prompt.token_ids) - prompt.num_output_tokens,
+        seq_id=running.row,
     )
+
+
+def _take_prompt_logprobs(result: Result, scored: PromptLogprobs) -> None:
+    for offset, logprob in enumerate(scored.token_P.tolist()):
+        ids, values = scored.top_ids_PK[offset].tolist(), scored.top_PK[offset].tolist()
+        place = scored.first + offset
+        assert place not in result.prompt_logprobs, f"token {place} is scored twice"
+        result.prompt_logprobs[place] = (logprob, dict(zip(ids, values, strict=True)))
 
 
 def _take_logprobs(running: _Running, logprobs: StepLogprobs, index: int) -> None:

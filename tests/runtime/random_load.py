@@ -19,6 +19,7 @@ import pytest
 from torch import Tensor
 
 from pipeserve.config import Config
+from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.batch import IntArray, MicroBatch, PipelineFacts
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.engine import Engine, Inbox
@@ -31,6 +32,7 @@ from pipeserve.engine.messages import (
     Submit,
     TokenEvents,
 )
+from pipeserve.engine.reserve import OutputReserve
 from pipeserve.engine.stats import EngineStats
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.runtime.pipeline import Pipeline
@@ -43,6 +45,10 @@ DRAWN = SamplingParams(max_tokens=1, seed=0, temperature=0.6)
 FILTERED = SamplingParams(max_tokens=1, seed=0, temperature=0.6, top_k=3)
 MIX = (GREEDY, GREEDY, DRAWN, FILTERED)
 """What sequences sample by, in turn."""
+SHARING = 0.5
+"""Of all prompts, those that begin alike."""
+BACKGROUND = 0.3
+"""Of all sequences, those that are preempted when others want their rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,7 @@ class Served:
     """Its seed too."""
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    admission: AdmissionParams = field(default_factory=AdmissionParams)
     token_ids: list[int] = field(default_factory=list)
     is_aborted: bool = False
     admitted_lengths: list[int] = field(default_factory=list)
@@ -217,6 +224,8 @@ class LoadedEngine:
         prompt = rng.integers(
             0, self.watched.facts.vocab_size, rng.integers(1, phase.max_prompt + 1)
         )
+        num_same = int(rng.integers(0, len(prompt))) if rng.random() < SHARING else 0
+        prompt[:num_same] = np.arange(num_same) % self.watched.facts.vocab_size
         served = Served(
             seq_id=seq_id,
             prompt=tuple(prompt.tolist()),
@@ -226,6 +235,9 @@ class LoadedEngine:
                 temperature=params.temperature,
                 top_k=params.top_k,
             ),
+            admission=AdmissionParams(
+                account=str(seq_id % 3), is_background=bool(rng.random() < BACKGROUND)
+            ),
         )
         self._sequences[seq_id] = served
         self._post_submit(served)
@@ -233,7 +245,12 @@ class LoadedEngine:
 
     def _post_submit(self, served: Served) -> None:
         self._inbox.put(
-            Submit(seq_id=served.seq_id, prompt_token_ids=served.prompt, sampling=served.sampling)
+            Submit(
+                seq_id=served.seq_id,
+                prompt_token_ids=served.prompt,
+                sampling=served.sampling,
+                admission=served.admission,
+            )
         )
 
     def _abort(self, live: dict[int, Served], seq_id: int) -> None:
@@ -303,4 +320,6 @@ def _recording(watched: _WatchedPipeline, every: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sampler, "sample", recording)
+        # With what it learns of outputs, preemption is too rare to be tested.
+        patch.setattr(OutputReserve, "num_blocks", lambda self, sequences: 0)
         yield

@@ -52,6 +52,7 @@ def test_tokens_under_load_are_those_of_float32(tmp_path: Path) -> None:
         stats = loaded.stats()
         sizes = loaded.watched.sizes
     assert stats.num_preemptions > 0
+    assert stats.num_prefix_hits > 0
     assert any(len(verdict.served.admitted_lengths) > 1 for verdict in complete)
     assert any(verdict.served.is_aborted for verdict in verdicts)
     assert any(size.num_decode_rows and size.num_prefill_tokens for size in sizes)

@@ -1,0 +1,55 @@
+"""EventDraft: what came out of one step, while the scheduler looks at its tokens one by one.
+
+Owned by the engine thread and by one call of the scheduler. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeserve.core.batch import StepLogprobs
+from pipeserve.engine.messages import FinishReason, TokenEvents, TokenLogprobs
+from pipeserve.engine.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class EventDraft:
+    """The columns of TokenEvents."""
+
+    logprobs_of_step: StepLogprobs | None
+    seq_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reasons: list[FinishReason | None] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_cached_tokens: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, token_id: int, reason: FinishReason | None, at: int) -> None:
+        """A token of a sequence; `at` is its row in the step's log-probabilities."""
+        self.seq_ids.append(sequence.seq_id)
+        self.token_ids.append(token_id)
+        self.finish_reasons.append(reason)
+        self.logprobs.append(self._logprobs(sequence, at))
+        if sequence.num_output_tokens == 1 and sequence.num_cached_tokens:
+            self.num_cached_tokens.append((sequence.seq_id, sequence.num_cached_tokens))
+
+    def build(self) -> TokenEvents:
+        """The message to the front half."""
+        return TokenEvents(
+            seq_ids=tuple(self.seq_ids),
+            token_ids=tuple(self.token_ids),
+            finish_reasons=tuple(self.finish_reasons),
+            logprobs=tuple(self.logprobs),
+            num_cached_tokens=tuple(self.num_cached_tokens),
+        )
+
+    def _logprobs(self, sequence: Sequence, at: int) -> TokenLogprobs | None:
+        count = sequence.sampling.num_logprobs
+        if count is None:
+            return None
+        step = self.logprobs_of_step
+        assert step is not None, "a row that asks for log-probabilities gets them"
+        return TokenLogprobs(
+            logprob=float(step.token_S[at]),
+            top_ids=tuple(step.top_ids_SK[at, :count].tolist()),
+            top_logprobs=tuple(step.top_SK[at, :count].tolist()),
+        )
