@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ import torch
 from pipeserve.bench.ceilings import Ceilings, measure_ceilings
 from pipeserve.bench.figures import Figures, ModelCosts, make_figures, model_costs
 from pipeserve.bench.recording import Recorder, Recording
-from pipeserve.bench.timeline import Bar, Timeline, WatchedPipeline
+from pipeserve.bench.schedule_record import RecordedRun, append_run, check_record, make_run
+from pipeserve.bench.timeline import Bar, Timeline, WatchedPipeline, bars_of
 from pipeserve.bench.tracing import MOST_TOKENS, Profile, SteadyDecode, trace_decode
 from pipeserve.bench.workload import Batch, Load, Workload
 from pipeserve.config import Config
@@ -82,13 +84,22 @@ class Result:
         return sum(ceiling.matmul_flops_per_s for ceiling in self.ceilings) or None
 
 
-def measure(config: Config, workload: Workload, *, on_run: Callable[[Figures], None]) -> Result:
-    """Load config.model, run the workload and compute its figures; on_run sees each at once.
+def measure(
+    config: Config,
+    workload: Workload,
+    *,
+    on_run: Callable[[Figures], None],
+    record: Path | None = None,
+) -> Result:
+    """Load config.model, run the workload and compute its figures; on_run sees each at once, and
+    all that happened is appended to the file `record`.
 
     Raises:
         PipeserveError: the model cannot be had or served, options or workload do not fit it, or
             a stage failed.
     """
+    if record is not None:
+        check_record(record)
     path = resolve_model(config.model, cache_dir=config.cache_dir)
     inbox: Inbox = queue.SimpleQueue()
     with GGUFFile.open(path) as gguf_file:
@@ -106,6 +117,13 @@ def measure(config: Config, workload: Workload, *, on_run: Callable[[Figures], N
                 timeline.take(item)
             inbox.put(item)
 
+        def on_recording(recording: Recording, load: Load) -> None:
+            if record is None:
+                return
+            about = f"{path.name} on {', '.join(map(str, devices))}, {workload.describe(load)}"
+            run = make_run(recording, timeline.steps(), workload, load)
+            append_run(record, RecordedRun(about=about, facts=pipeline.facts, run=run))
+
         started_s = time.monotonic()
         pipeline = Pipeline.start(
             gguf_file, config, config.devices, post=post, on_progress=_progress_reporter()
@@ -113,8 +131,8 @@ def measure(config: Config, workload: Workload, *, on_run: Callable[[Figures], N
     load_s = time.monotonic() - started_s
     with _running_engine(pipeline, inbox, config, timeline) as bench:
         _check_room(workload, pipeline.facts)
-        runs = tuple(_measure_runs(bench, workload, costs, on_run))
-        bars = tuple(timeline.bars)
+        runs = tuple(_measure_runs(bench, workload, costs, on_run, on_recording))
+        bars = tuple(bars_of(timeline.steps()))
         profiles = tuple(
             profile
             for num_concurrent in workload.traced
@@ -274,13 +292,19 @@ def _running_engine(
 
 
 def _measure_runs(
-    bench: _Bench, workload: Workload, costs: ModelCosts, on_run: Callable[[Figures], None]
+    bench: _Bench,
+    workload: Workload,
+    costs: ModelCosts,
+    on_run: Callable[[Figures], None],
+    on_recording: Callable[[Recording, Load], None],
 ) -> Iterator[Figures]:
     few = min(WARM_UP_TOKENS, workload.num_output_tokens)
     for load in workload.loads:
         bench.run(
             replace(workload, num_output_tokens=few), Batch(num_sequences=load.num_concurrent)
         )
-        figures = make_figures(bench.run(workload, load), workload, load, costs)
+        recording = bench.run(workload, load)
+        figures = make_figures(recording, workload, load, costs)
         on_run(figures)
+        on_recording(recording, load)
         yield figures

@@ -57,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """A finished run; times by time.perf_counter."""
+    """A finished run; times by time.monotonic."""
 
     submitted_s: Mapping[int, float]
     """By seq_id."""
@@ -92,7 +92,7 @@ class Recorder:
         self._mark(Moment.BEGIN)
         if not self._rest:
             self._mark(Moment.ALL_SUBMITTED)
-        self._submitted_s = dict.fromkeys(self._not_started, time.perf_counter())
+        self._submitted_s = dict.fromkeys(self._not_started, time.monotonic())
         for submission in self._first:
             self._post(submission)
         self._is_done.wait()
@@ -116,7 +116,7 @@ class Recorder:
                 self._is_done.set()
 
     def _take_tokens(self, events: TokenEvents) -> None:
-        self._steps.append(Step(time_s=time.perf_counter(), seq_ids=events.seq_ids))
+        self._steps.append(Step(time_s=time.monotonic(), seq_ids=events.seq_ids))
         if self._not_started:
             self._not_started.difference_update(events.seq_ids)
             if not self._not_started:
@@ -133,11 +133,11 @@ class Recorder:
                 self._mark(Moment.END)
             return
         submission = self._rest.pop()
-        self._submitted_s[submission.seq_id] = time.perf_counter()
+        self._submitted_s[submission.seq_id] = time.monotonic()
         self._post(submission)
         if not self._rest:
             self._mark(Moment.ALL_SUBMITTED)
 
     def _mark(self, moment: Moment) -> None:
-        self._moments_s[moment] = time.perf_counter()
+        self._moments_s[moment] = time.monotonic()
         self._post(GetStats(reply_id=moment))

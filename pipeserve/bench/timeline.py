@@ -6,11 +6,13 @@ and only appends.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pipeserve.core.batch import MicroBatch, PipelineFacts, StepOutput
+from pipeserve.bench.schedule_run import TimedStep, work_of
+from pipeserve.core.batch import MicroBatch, PipelineFacts, Span, StepOutput
 from pipeserve.engine.engine import Pipeline
 
 WINDOW_S = 0.25
@@ -21,7 +23,7 @@ _COLOURS = {"decode": "#4878a8", "mixed": "#8a6fae", "prefill": "#d08840"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One stage's work on one micro-batch; times by time.monotonic."""
+    """One stage's work on one micro-batch."""
 
     step_id: int
     stage: int
@@ -37,35 +39,64 @@ class Bar:
         return "mixed" if self.num_decode_rows else "prefill"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Passage:
+    """A step that has left the pipeline."""
+
+    batch: MicroBatch
+    submitted_s: float
+    spans: tuple[Span, ...]
+
+
 class Timeline:
-    """Bars of every step whose output has come, of all stages, since the last `clear`."""
+    """Every step whose output has come since the last `clear`; times by time.monotonic."""
 
     def __init__(self) -> None:
-        self._sizes: dict[int, tuple[int, int]] = {}
-        self.bars: list[Bar] = []
+        self._submitted: dict[int, tuple[MicroBatch, float]] = {}
+        self._passages: list[_Passage] = []
 
     def clear(self) -> None:
-        """Forget the bars so far."""
-        self.bars = []
+        """Forget the steps so far."""
+        self._passages = []
 
     def note(self, batch: MicroBatch) -> None:
-        """A step was submitted."""
-        self._sizes[batch.step_id] = (batch.num_decode_rows, len(batch.prefill_token_ids))
+        """A step is about to be submitted."""
+        self._submitted[batch.step_id] = (batch, time.monotonic())
 
     def take(self, output: StepOutput) -> None:
         """A step has left the pipeline."""
-        num_decode_rows, num_prefill_tokens = self._sizes.pop(output.step_id)
-        self.bars += [
-            Bar(
-                step_id=output.step_id,
-                stage=stage,
-                start_s=span.start_s,
-                end_s=span.end_s,
-                num_decode_rows=num_decode_rows,
-                num_prefill_tokens=num_prefill_tokens,
+        batch, submitted_s = self._submitted.pop(output.step_id)
+        self._passages.append(
+            _Passage(batch=batch, submitted_s=submitted_s, spans=output.stage_spans)
+        )
+
+    def steps(self) -> list[TimedStep]:
+        """In order. Counts their work only now, so that a run is not slowed down by it."""
+        return [
+            TimedStep(
+                step_id=passage.batch.step_id,
+                work=work_of(passage.batch),
+                submitted_s=passage.submitted_s,
+                spans=passage.spans,
             )
-            for stage, span in enumerate(output.stage_spans)
+            for passage in self._passages
         ]
+
+
+def bars_of(steps: Iterable[TimedStep]) -> list[Bar]:
+    """One for every stage of every step."""
+    return [
+        Bar(
+            step_id=step.step_id,
+            stage=stage,
+            start_s=span.start_s,
+            end_s=span.end_s,
+            num_decode_rows=step.work.num_decode_rows,
+            num_prefill_tokens=step.work.num_prefill_tokens,
+        )
+        for step in steps
+        for stage, span in enumerate(step.spans)
+    ]
 
 
 class WatchedPipeline:
@@ -144,7 +175,8 @@ def _legend() -> Iterable[str]:
 
 
 def _axis(length_s: float, scale: float, height: int) -> Iterable[str]:
-    step_ms = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if length_s * 1e3 / step <= 30)
+    steps_ms = (1, 2, 5, 10, 20, 50, 100, 1000)
+    step_ms = next((step for step in steps_ms if length_s * 1e3 / step <= 30), 100_000)
     for tick in range(int(length_s * 1e3 / step_ms) + 1):
         x = _LEFT + tick * step_ms * scale / 1e3
         yield f'<text x="{x:.1f}" y="{height - 12}" text-anchor="middle">{tick * step_ms}</text>'

@@ -58,6 +58,14 @@ class Workload:
         """Most sequences that run at once in any of the runs."""
         return max(load.num_concurrent for load in self.loads)
 
+    def describe(self, load: Load) -> str:
+        """One of its runs, for people."""
+        kind = "clients" if isinstance(load, Clients) else "sequences at once"
+        return (
+            f"{load.num_concurrent} {kind}, {self.num_prompt_tokens} prompt + "
+            f"{self.num_output_tokens} output tokens"
+        )
+
 
 def make_workload(
     *,
