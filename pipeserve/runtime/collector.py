@@ -74,5 +74,6 @@ def make_output(handoff: Handoff, sampled: Sampled) -> StepOutput:
         token_ids=sampled.token_ids(),  # waits; where nothing was sampled, the spans do
         step_id=handoff.batch.step_id,
         logprobs=sampled.step_logprobs(),
+        prompt_logprobs=sampled.prompt_logprobs(),
         stage_spans=tuple(read() for read in handoff.spans),
     )

@@ -14,7 +14,8 @@ from pipeserve.core.batch import MicroBatch
 from pipeserve.runtime.cuda_graphs import StepGraphs
 from pipeserve.runtime.devices import int_tensor
 from pipeserve.runtime.gpu_shapes import GpuShapes
-from pipeserve.runtime.sampled import Sampled, to_host
+from pipeserve.runtime.prompt_scorer import PromptScorer, ScoredChunk
+from pipeserve.runtime.sampled import Drawn, Sampled, to_host
 from pipeserve.runtime.sampler import Sampler
 from pipeserve.runtime.step_computation import StepComputation
 from pipeserve.runtime.step_inputs import StepInputs, exact_shape, pack
@@ -28,15 +29,18 @@ class ModelRunner:
         *,
         computation: StepComputation,
         sampler: Sampler | None,
+        scorer: PromptScorer | None,
         graphs: StepGraphs | None,
         shapes: GpuShapes | None,
         device: torch.device,
     ) -> None:
-        """shapes: that eager steps are padded to; None where they need not be."""
+        """sampler, scorer: of the last stage. shapes: that eager steps are padded to; None where
+        they need not be."""
         self._computation = computation
         self._block_table = computation.block_table
         self._token_pool = computation.token_pool
         self._sampler = sampler
+        self._scorer = scorer
         self._graphs = graphs
         self._shapes = shapes
         self._device = device
@@ -48,12 +52,30 @@ class ModelRunner:
         valid until the next step.
         """
         self._block_table.apply(batch)
-        out = None if self._graphs is None else self._graphs.replay(batch, hidden_TD)
-        if out is None:
-            out = self._compute(batch, hidden_TD)
-        return out if self._sampler is None else self._sample(self._sampler, batch, out)
+        if self._sampler is None or self._scorer is None:
+            return self._compute(batch, hidden_TD)
+        for start in batch.starts:
+            self._scorer.start(start)
+        if not self._scorer.is_wanted(batch):
+            return self._sample(self._sampler, batch, self._compute(batch, hidden_TD), ())
+        # Eagerly: a graph does not keep the hidden states of all tokens.
+        inputs, x_TD = self._hidden(batch, hidden_TD)
+        logits_SV = self._computation.sampled_logits(inputs, x_TD)[: int(batch.samples_S.sum())]
+        return self._sample(self._sampler, batch, logits_SV, self._scorer.score(batch, x_TD))
 
     def _compute(self, batch: MicroBatch, hidden_TD: Tensor | None) -> Tensor:
+        out = None if self._graphs is None else self._graphs.replay(batch, hidden_TD)
+        if out is not None:
+            return out
+        inputs, x_TD = self._hidden(batch, hidden_TD)
+        if self._computation.samples:
+            return self._computation.sampled_logits(inputs, x_TD)[: int(batch.samples_S.sum())]
+        return x_TD[: batch.num_tokens]
+
+    def _hidden(
+        self, batch: MicroBatch, hidden_TD: Tensor | None
+    ) -> tuple[StepInputs[Tensor], Tensor]:
+        """What the stage's layers make of a step, fillers included."""
         if self._shapes is None:
             shape, max_length = exact_shape(batch), _most_positions(batch)
         else:
@@ -63,22 +85,28 @@ class ModelRunner:
                 padded_TD[: len(hidden_TD)].copy_(hidden_TD)
                 hidden_TD = padded_TD
         inputs = StepInputs.of(int_tensor(pack(batch, shape), self._device), shape)
-        out = self._computation(inputs, hidden_TD, max_length=max_length)
-        if self._computation.samples:
-            return out[: int(batch.samples_S.sum())]
-        return out[: batch.num_tokens]
+        return inputs, self._computation.hidden(inputs, hidden_TD, max_length=max_length)
 
-    def _sample(self, sampler: Sampler, batch: MicroBatch, logits_SV: Tensor) -> Sampled:
+    def _sample(
+        self,
+        sampler: Sampler,
+        batch: MicroBatch,
+        logits_SV: Tensor,
+        scored: tuple[ScoredChunk, ...],
+    ) -> Sampled:
         for start in batch.starts:
             sampler.start(start)
         rows_S = batch.rows_S[batch.samples_S]
         if len(rows_S) == 0:
-            self._token_pool.publish(batch.step_id, rows_S, int_tensor(rows_S, self._device))
+            nobody_S = int_tensor(rows_S, self._device)
+            self._token_pool.publish(batch.step_id, rows_S, nobody_S)
+            if scored:
+                return to_host(Drawn(ids_S=nobody_S, logprobs=None), scored)
             return Sampled(ids_S=torch.empty(0, dtype=torch.int32), arrived=None, logprobs=None)
         positions_S = (batch.first_positions_S + batch.num_tokens_S)[batch.samples_S]
         drawn = sampler.sample(logits_SV, rows_S, positions_S)
         self._token_pool.publish(batch.step_id, rows_S, drawn.ids_S)
-        return to_host(drawn)
+        return to_host(drawn, scored)
 
 
 def _most_positions(batch: MicroBatch) -> int:

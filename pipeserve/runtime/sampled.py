@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeserve.core.batch import IntArray, StepLogprobs
+from pipeserve.core.batch import IntArray, PromptLogprobs, StepLogprobs
+from pipeserve.runtime.prompt_scorer import ScoredChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +51,8 @@ class Sampled:
     """Recorded behind the copies; None where they are done."""
     logprobs: AskedLogprobs | None
     """On the host."""
+    scored: tuple[ScoredChunk, ...] = ()
+    """On the host, too."""
 
     def token_ids(self) -> IntArray:
         """Wait for the ids."""
@@ -70,16 +73,22 @@ class Sampled:
         top_SK[asked_G] = self.logprobs.top_GK.numpy()
         return StepLogprobs(token_S=token_S, top_ids_SK=top_ids_SK, top_SK=top_SK)
 
+    def prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        """Wait for what prompts were scored."""
+        if self.scored:
+            self._wait()
+        return tuple(chunk.read() for chunk in self.scored)
+
     def _wait(self) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
 
 
-def to_host(drawn: Drawn) -> Sampled:
+def to_host(drawn: Drawn, scored: tuple[ScoredChunk, ...] = ()) -> Sampled:
     """Start the copies, behind the device's work on the current stream; waits for nothing."""
     logprobs = drawn.logprobs
     if drawn.ids_S.device.type == "cpu":
-        return Sampled(ids_S=drawn.ids_S, arrived=None, logprobs=logprobs)
+        return Sampled(ids_S=drawn.ids_S, arrived=None, logprobs=logprobs, scored=scored)
     ids_S = _pinned_copy(drawn.ids_S)
     if logprobs is not None:
         logprobs = replace(
@@ -88,9 +97,18 @@ def to_host(drawn: Drawn) -> Sampled:
             top_ids_GK=_pinned_copy(logprobs.top_ids_GK),
             top_GK=_pinned_copy(logprobs.top_GK),
         )
+    scored = tuple(
+        replace(
+            chunk,
+            token_P=_pinned_copy(chunk.token_P),
+            top_ids_PK=_pinned_copy(chunk.top_ids_PK),
+            top_PK=_pinned_copy(chunk.top_PK),
+        )
+        for chunk in scored
+    )
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(drawn.ids_S.device))
-    return Sampled(ids_S=ids_S, arrived=arrived, logprobs=logprobs)
+    return Sampled(ids_S=ids_S, arrived=arrived, logprobs=logprobs, scored=scored)
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from pipeserve.runtime.block_table import BlockTable
 from pipeserve.runtime.cuda_graphs import StepGraphs
 from pipeserve.runtime.gpu_shapes import GpuShapes, shapes_for
 from pipeserve.runtime.model_runner import ModelRunner
+from pipeserve.runtime.prompt_scorer import PromptScorer
 from pipeserve.runtime.sampler import Sampler, compile_kernels
 from pipeserve.runtime.step_computation import StepComputation
 from pipeserve.runtime.token_pool import TokenPool
@@ -76,7 +77,7 @@ class StageParts:
 
     def make_runner(self, graphs: StepGraphs | None) -> ModelRunner:
         """The runner of a stage; without graphs every step runs eagerly."""
-        sampler = None
+        sampler = scorer = None
         if self.computation.samples:
             backend, vocab_size = sampling_backend_for(self.device), self.facts.vocab_size
             if self.device.type == "cuda":
@@ -87,9 +88,13 @@ class StageParts:
                 device=self.device,
                 backend=backend,
             )
+            scorer = PromptScorer(
+                decoder=self.computation.decoder, kernels=backend, device=self.device
+            )
         return ModelRunner(
             computation=self.computation,
             sampler=sampler,
+            scorer=scorer,
             graphs=graphs,
             shapes=self.shapes,
             device=self.device,

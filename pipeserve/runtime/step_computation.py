@@ -55,10 +55,18 @@ class StepComputation:
         hidden_TD: the previous stage's output, None on the first stage. max_length: of the rows,
         where the host knows it; without, the shapes depend on the inputs' shapes alone.
         """
+        x_TD = self.hidden(inputs, hidden_TD, max_length=max_length)
+        return self.sampled_logits(inputs, x_TD) if self.samples else x_TD
+
+    def hidden(
+        self, inputs: StepInputs[Tensor], hidden_TD: Tensor | None, *, max_length: int | None
+    ) -> Tensor:
+        """[T, D] behind this stage's last layer; arguments as of a call."""
         x_TD = self._embed(inputs) if hidden_TD is None else hidden_TD
-        x_TD = self.decoder.forward(x_TD, self.caches, self._metadata(inputs, max_length))
-        if not self.samples:
-            return x_TD
+        return self.decoder.forward(x_TD, self.caches, self._metadata(inputs, max_length))
+
+    def sampled_logits(self, inputs: StepInputs[Tensor], x_TD: Tensor) -> Tensor:
+        """[N, V] float32 of the last stage's hidden states."""
         if len(inputs.chunk_rows_C) > 0:
             x_TD = x_TD.index_select(0, inputs.sampled_tokens_N)
         if len(x_TD) == 0:

@@ -7,45 +7,54 @@ import logging
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from pipeserve.config import Config
 from pipeserve.server import handlers
+from pipeserve.server.connection import ConnectionLimits, ConnectionRunner
 from pipeserve.server.metrics import Metrics
 from pipeserve.server.middleware import add_request_id, make_middleware
+from pipeserve.server.openapi import openapi_document
+from pipeserve.server.options import LiveOptions
 from pipeserve.server.state import AppState
+from pipeserve.server.tracing import RequestTracer
 
 
-def build_app(state: AppState, config: Config) -> web.Application:
+def build_app(
+    state: AppState, options: LiveOptions, tracer: RequestTracer | None = None
+) -> web.Application:
     """The HTTP side; it answers from the start, with 503 until `state.ready` was called."""
     metrics = Metrics()
-    app = web.Application(
-        middlewares=[make_middleware(metrics)], client_max_size=int(config.max_body_bytes)
-    )
+    # read_body keeps the limit, which a reload may change.
+    middleware = make_middleware(metrics, options, tracer)
+    app = web.Application(middlewares=[middleware], client_max_size=0)
     app[handlers.STATE] = state
-    app[handlers.CONFIG] = config
+    app[handlers.OPTIONS] = options
     app[handlers.METRICS] = metrics
+    app[handlers.OPENAPI] = openapi_document()
     app.on_response_prepare.append(add_request_id)
     app.router.add_get("/v1/models", handlers.list_models)
     app.router.add_get("/v1/models/{model:.+}", handlers.get_model)
     app.router.add_post("/v1/chat/completions", handlers.chat_completions)
     app.router.add_post("/v1/completions", handlers.completions)
+    app.router.add_post("/tokenize", handlers.tokenize_text)
+    app.router.add_post("/detokenize", handlers.detokenize_tokens)
+    app.router.add_post("/apply-template", handlers.render_template)
+    app.router.add_get("/openapi.json", handlers.openapi)
     app.router.add_get("/health", handlers.health)
     app.router.add_get("/metrics", handlers.metrics)
     return app
 
 
-def make_runner(app: web.Application, *, shutdown_timeout_s: float = 5.0) -> web.AppRunner:
-    """A runner that cancels a handler when its client goes away, which aiohttp does not by default.
-
-    shutdown_timeout_s: how long `cleanup` waits for handlers before it cancels them.
-    """
+def make_runner(
+    app: web.Application, options: LiveOptions, *, shutdown_timeout_s: float = 5.0
+) -> web.AppRunner:
+    """shutdown_timeout_s: how long `cleanup` waits for handlers before it cancels them."""
     logger = logging.getLogger("pipeserve.http")
     logger.addFilter(_shorten_bad_http)
-    return web.AppRunner(
+    return ConnectionRunner(
         app,
-        handler_cancellation=True,
+        ConnectionLimits(options),
+        shutdown_timeout_s=shutdown_timeout_s,
         access_log=None,
         logger=logger,
-        shutdown_timeout=shutdown_timeout_s,
     )
 
 

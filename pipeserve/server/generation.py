@@ -1,4 +1,4 @@
-"""From the engine's tokens to text: detokenises, finds stop strings, keeps log-probabilities.
+"""From the engine's tokens to answers: detokenises, finds stop strings, thoughts and tool calls.
 
 Runs on the event loop. Does not know JSON or HTTP.
 """
@@ -6,41 +6,34 @@ Runs on the event loop. Does not know JSON or HTTP.
 from __future__ import annotations
 
 import asyncio
-import codecs
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pipeserve.engine.client import GeneratedToken, Generation
-from pipeserve.engine.messages import FinishReason, TokenLogprobs
-from pipeserve.server.plan import Plan
+from pipeserve.engine.generation import GeneratedToken, Generation
+from pipeserve.engine.messages import FinishReason
+from pipeserve.server.plan import Plan, PlannedSequence
 from pipeserve.server.record import RequestRecord
+from pipeserve.server.scores import ScoredToken, Scores
 from pipeserve.server.state import Services
+from pipeserve.text.answer import AnswerParser, AnswerParts
 from pipeserve.text.detokenizer import Detokenizer
-from pipeserve.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredToken:
-    """A token of the answer with its log-probabilities."""
-
-    token_id: int
-    text_offset: int
-    """Characters of the answer before this token."""
-    logprobs: TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """Text that became certain with one token, and the tokens that it came from."""
+    """What became certain with one token, and the tokens that it came from."""
 
-    text: str
+    parts: AnswerParts
+    num_tokens: int
+    """Of the choice so far."""
     scored: tuple[ScoredToken, ...] = ()
     """Empty where no log-probabilities were asked for."""
 
 
 class Choice:
-    """The text of one sequence as it grows."""
+    """The answer of one sequence as it grows."""
 
     def __init__(
         self,
@@ -48,20 +41,38 @@ class Choice:
         index: int,
         generation: Generation,
         detokenizer: Detokenizer,
-        scores: _Scores | None,
+        parser: AnswerParser | None,
+        scores: Scores | None,
         record: RequestRecord,
+        generates: bool,
+        echo: tuple[Sequence[int], str] | None,
     ) -> None:
+        """generates: see Plan. echo: a prompt that the answer begins with, as ids and as text."""
         self.index = index
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
         """Set with the last deltas."""
         self._generation = generation
         self._detokenizer = detokenizer
+        self._parser = parser
         self._scores = scores
         self._record = record
+        self._generates = generates
+        self._echo = echo
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that it had from the prefix cache."""
+        return self._generation.num_cached_tokens
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the answer calls tools."""
+        return self._parser is not None and self._parser.has_calls
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """Everything new since the last time, one Delta per token that yields text.
+        """Everything new since the last time, at most one Delta per token.
 
         The last list, with which finish_reason is set, may be empty; no other is.
 
@@ -70,8 +81,9 @@ class Choice:
         """
         arrived_at: float | None = None
         async for tokens in self._generation:
+            deltas = self._take_echo()
             num_before = self.num_tokens
-            deltas = [delta for token in tokens if (delta := self._take(token)) is not None]
+            deltas += [delta for token in tokens if (delta := self._take(token)) is not None]
             num_new = self.num_tokens - num_before
             arrived_at = self._record.tokens_arrived(num_new, arrived_at)
             if self.finish_reason is not None:
@@ -81,90 +93,126 @@ class Choice:
             if deltas:
                 yield deltas
 
+    def _take_echo(self) -> list[Delta]:
+        """The prompt, ahead of the first token."""
+        echo, self._echo = self._echo, None
+        if echo is None:
+            return []
+        token_ids, text = echo
+        scored: tuple[ScoredToken, ...] = ()
+        if self._scores is not None:
+            logprobs = (None, *self._generation.prompt_logprobs)
+            for token_id, token_logprobs in zip(token_ids, logprobs, strict=True):
+                self._scores.add(token_id, token_logprobs)
+            self._scores.show(text)
+            scored = self._scores.take(is_cut=False)
+        return [Delta(parts=AnswerParts(text=text), num_tokens=0, scored=scored)]
+
     def _take(self, token: GeneratedToken) -> Delta | None:
         if self.finish_reason is not None:
             return None  # came in the same batch, after a stop string
+        if not self._generates:
+            self._end(FinishReason.LENGTH, is_ended=token.finish_reason is not None)
+            return None
         self.num_tokens += 1
-        if token.finish_reason is FinishReason.STOP:
-            text = self._detokenizer.finish()
-        else:
-            text = self._detokenizer.push(token.token_id)
-            if self._scores is not None and token.logprobs is not None:
-                self._scores.add(token.token_id, token.logprobs)
-            if token.finish_reason is not None:
-                text += self._detokenizer.finish()
+        text = self._text(token)
         self.finish_reason = token.finish_reason
         if self._detokenizer.stopped and self.finish_reason is not FinishReason.STOP:
-            if self.finish_reason is None:
-                self._generation.finish()
-            self.finish_reason = FinishReason.STOP
+            self._end(FinishReason.STOP, is_ended=self.finish_reason is not None)
         return self._delta(text)
 
+    def _text(self, token: GeneratedToken) -> str:
+        if token.finish_reason is FinishReason.STOP:
+            return self._detokenizer.finish()
+        text = self._detokenizer.push(token.token_id)
+        if self._scores is not None and token.logprobs is not None:
+            self._scores.add(token.token_id, token.logprobs)
+        if token.finish_reason is not None:
+            text += self._detokenizer.finish()
+        return text
+
+    def _end(self, reason: FinishReason, *, is_ended: bool) -> None:
+        """is_ended: in the engine, which is told otherwise."""
+        if not is_ended:
+            self._generation.finish()
+        self.finish_reason = reason
+
     def _delta(self, text: str) -> Delta | None:
-        if self._scores is None:
-            return Delta(text=text) if text else None
-        if not text and self.finish_reason is None:
+        parts = self._parse(text)
+        is_last = self.finish_reason is not None
+        scored: tuple[ScoredToken, ...] = ()
+        if self._scores is not None:
+            self._scores.show(text)
+            if parts or is_last:
+                scored = self._scores.take(is_cut=self._detokenizer.stopped)
+        if not parts and not scored:
             return None
-        scored = self._scores.take(text, is_cut=self._detokenizer.stopped)
-        return Delta(text=text, scored=scored) if text or scored else None
+        return Delta(parts=parts, num_tokens=self.num_tokens, scored=scored)
 
-
-class _Scores:
-    """Tokens with log-probabilities that wait for their text to become certain."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_decoded = 0
-        self._num_visible = 0
-        self._waiting: list[ScoredToken] = []
-
-    def add(self, token_id: int, logprobs: TokenLogprobs) -> None:
-        self._waiting.append(
-            ScoredToken(token_id=token_id, text_offset=self._num_decoded, logprobs=logprobs)
-        )
-        self._num_decoded += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
-
-    def take(self, text: str, *, is_cut: bool) -> tuple[ScoredToken, ...]:
-        """The tokens behind `text`, without those that a stop string cut away after it."""
-        self._num_visible += len(text)
-        taken = self._waiting
-        self._waiting = []
-        if is_cut:
-            taken = [token for token in taken if token.text_offset < self._num_visible]
-        return tuple(taken)
+    def _parse(self, text: str) -> AnswerParts:
+        parser = self._parser
+        if parser is None:
+            return AnswerParts(text=text)
+        self.num_reasoning_tokens += parser.is_reasoning
+        parts = parser.push(text)
+        if self.finish_reason is None and parser.is_complete:
+            self._end(FinishReason.STOP, is_ended=False)
+        elif self.finish_reason is not None:
+            parts = AnswerParts.joined((parts, parser.finish()))
+        return parts
 
 
 @asynccontextmanager
 async def open_choices(
-    services: Services, plan: Plan, record: RequestRecord
+    services: Services, plan: Plan, record: RequestRecord, *, timeout_s: float | None
 ) -> AsyncIterator[list[Choice]]:
     """Submits every sequence of the plan, all or none; leaving the context aborts unended ones.
+
+    timeout_s: how long each may take.
 
     Raises:
         QueueFullError: there is no room for all of them.
         EngineError: the pipeline is dead.
     """
-    services.engine.check_capacity(len(plan.sequences))
+    num_prompt_tokens = sum(len(sequence.prompt_token_ids) for sequence in plan.sequences)
+    services.engine.check_capacity(len(plan.sequences), num_prompt_tokens)
+    admission = replace(plan.admission, account=record.key_label)
+    record.submitted_at = time.perf_counter()
     async with AsyncExitStack() as stack:
         choices: list[Choice] = []
         stack.callback(_count_aborted, choices, record)
         for index, sequence in enumerate(plan.sequences):
-            generation = services.engine.generate(sequence.prompt_token_ids, sequence.sampling)
-            choices.append(
-                Choice(
-                    index=index,
-                    generation=await stack.enter_async_context(generation),
-                    detokenizer=Detokenizer(
-                        services.tokenizer,
-                        stop=plan.stop,
-                        prompt_token_ids=sequence.prompt_token_ids,
-                    ),
-                    scores=_Scores(services.tokenizer) if plan.has_logprobs else None,
-                    record=record,
-                )
+            generation = services.engine.generate(
+                sequence.prompt_token_ids, sequence.sampling, admission, timeout_s=timeout_s
             )
+            generation = await stack.enter_async_context(generation)
+            choices.append(_choice(index, generation, sequence, plan, services, record))
         yield choices
+
+
+def _choice(
+    index: int,
+    generation: Generation,
+    sequence: PlannedSequence,
+    plan: Plan,
+    services: Services,
+    record: RequestRecord,
+) -> Choice:
+    return Choice(
+        index=index,
+        generation=generation,
+        detokenizer=Detokenizer(
+            services.tokenizer,
+            stop=plan.stop,
+            prompt_token_ids=sequence.prompt_token_ids,
+            shown_token_ids=plan.shown_token_ids,
+        ),
+        parser=plan.form.new_parser(),
+        scores=Scores(services.tokenizer, plan.shown_token_ids) if plan.has_logprobs else None,
+        record=record,
+        generates=plan.generates,
+        echo=None if sequence.echo is None else (sequence.prompt_token_ids, sequence.echo),
+    )
 
 
 def _count_aborted(choices: list[Choice], record: RequestRecord) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TypeVar
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -11,24 +12,29 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pipeserve.config import Config
 from pipeserve.engine.stats import EngineStats
 from pipeserve.errors import EngineError, NotReadyError, TextTimeoutError
+from pipeserve.server.chat_replies import ChatReply
+from pipeserve.server.completion_replies import CompletionReply
 from pipeserve.server.generation import Choice, open_choices, run_together
+from pipeserve.server.incoming import read_body
 from pipeserve.server.metrics import Metrics
 from pipeserve.server.middleware import RECORD
+from pipeserve.server.options import LiveOptions
 from pipeserve.server.plan import Plan, plan_chat, plan_completion
-from pipeserve.server.responses import (
-    ChatReply,
-    CompletionReply,
-    FinishedChoice,
-    Reply,
-    Usage,
-    model_object,
-)
+from pipeserve.server.responses import FinishedChoice, Reply, Usage, model_object
 from pipeserve.server.sse import DONE, EVENT_STREAM, EventStream, event
 from pipeserve.server.state import AppState, Phase, Services
+from pipeserve.server.text_requests import Json, apply_template, detokenize, tokenize
+from pipeserve.text.answer import AnswerParts
 
-CONFIG = web.AppKey("config", Config)
+OPTIONS = web.AppKey("options", LiveOptions)
 STATE = web.AppKey("state", AppState)
 METRICS = web.AppKey("metrics", Metrics)
+OPENAPI = web.AppKey("openapi", str)
+"""The OpenAPI document."""
+
+T = TypeVar("T")
+TextJob = Callable[[bytes, Services, bool], T]
+"""Text work on a body; the last argument says whether unknown fields are refused."""
 
 STATS_TIMEOUT_S = 1.0
 """A scrape does not wait longer for the engine: it may be stuck, which is what scrapes are for."""
@@ -44,24 +50,43 @@ async def completions(request: web.Request) -> web.StreamResponse:
     return await _generate(request, plan_completion, CompletionReply)
 
 
+async def tokenize_text(request: web.Request) -> web.Response:
+    """POST /tokenize"""
+    return await _answer_text(request, tokenize)
+
+
+async def detokenize_tokens(request: web.Request) -> web.Response:
+    """POST /detokenize"""
+    return await _answer_text(request, detokenize)
+
+
+async def render_template(request: web.Request) -> web.Response:
+    """POST /apply-template"""
+    return await _answer_text(request, apply_template)
+
+
+async def openapi(request: web.Request) -> web.Response:
+    """GET /openapi.json"""
+    return web.json_response(text=request.app[OPENAPI])
+
+
 async def list_models(request: web.Request) -> web.Response:
     """GET /v1/models"""
     services = _loaded(request)
-    model = model_object(services.card, services.engine.facts.context_length)
-    return web.json_response({"object": "list", "data": [model]})
+    return web.json_response({"object": "list", "data": [model_object(services)]})
 
 
 async def get_model(request: web.Request) -> web.Response:
     """GET /v1/models/{model}"""
     services = _loaded(request)
     services.card.check_name(request.match_info["model"])
-    return web.json_response(model_object(services.card, services.engine.facts.context_length))
+    return web.json_response(model_object(services))
 
 
 async def health(request: web.Request) -> web.Response:
     """GET /health: 200 when requests are taken, else 503 with the reason."""
     readiness = request.app[STATE].readiness
-    statuses = {Phase.READY: "ok", Phase.DEGRADED: "degraded"}
+    statuses = {Phase.READY: "ok", Phase.UNLOADED: "ok", Phase.DEGRADED: "degraded"}
     body = {
         "status": statuses.get(readiness.phase, "unavailable"),
         "reason": readiness.phase.value,
@@ -93,45 +118,45 @@ def _loaded(request: web.Request) -> Services:
     return services
 
 
+async def _answer_text(request: web.Request, job: TextJob[Json]) -> web.Response:
+    services = _loaded(request)
+    body = await read_body(request, request.app[OPTIONS].config)
+    return web.json_response(await _off_the_loop(request, services, job, body))
+
+
 async def _generate(
-    request: web.Request, make_plan: Callable[[bytes, Services], Plan], reply_kind: type[Reply]
+    request: web.Request, make_plan: TextJob[Plan], reply_kind: type[Reply]
 ) -> web.StreamResponse:
-    with request.app[STATE].admit() as services:
-        body = await _read_body(request)
+    async with request.app[STATE].admit() as services:
+        body = await read_body(request, request.app[OPTIONS].config)
         services.engine.check_capacity(1)  # refused here, a request costs no text thread
         plan = await _off_the_loop(request, services, make_plan, body)
         record = request[RECORD]
         record.prompt_tokens = plan.num_prompt_tokens
-        reply = reply_kind(
-            card=services.card,
-            tokenizer=services.tokenizer,
-            has_logprobs=plan.has_logprobs,
-            includes_usage=plan.includes_usage,
-        )
-        async with open_choices(services, plan, record) as choices:
+        reply = reply_kind(card=services.card, tokenizer=services.tokenizer, plan=plan)
+        timeout_s = _timeout_s(plan, request.app[OPTIONS].config)
+        async with open_choices(services, plan, record, timeout_s=timeout_s) as choices:
             answer = _stream if plan.is_stream else _answer_whole
             response = await answer(request, plan, reply, choices)
         return response
 
 
-async def _read_body(request: web.Request) -> bytes:
-    limit = request.client_max_size
-    if request.content_length is not None and request.content_length > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
-    return await request.read()
+def _timeout_s(plan: Plan, config: Config) -> float | None:
+    """The request's own timeout or the daemon's, whichever is shorter."""
+    given = [each for each in (plan.timeout_s, config.request_timeout_s) if each is not None]
+    return min(given, default=None)
 
 
 async def _off_the_loop(
     request: web.Request,
     services: Services,
-    make_plan: Callable[[bytes, Services], Plan],
+    job: TextJob[T],
     body: bytes,
-) -> Plan:
-    timeout_s = request.app[CONFIG].text_timeout_s
-    loop = asyncio.get_running_loop()
+) -> T:
+    config = request.app[OPTIONS].config
+    timeout_s = config.text_timeout_s
     try:
-        async with asyncio.timeout(timeout_s):
-            return await loop.run_in_executor(services.text_executor, make_plan, body, services)
+        return await services.text_pool.run(timeout_s, job, body, services, config.strict_fields)
     except TimeoutError:
         raise TextTimeoutError(
             f"templating and tokenising the request took longer than {timeout_s:g} s "
@@ -151,7 +176,7 @@ async def _stream(
         async for deltas in choice.deltas():
             events += [event(reply.delta(choice.index, delta)) for delta in deltas]
             if choice.finish_reason is not None:
-                events.append(event(reply.closing(choice.index, choice.finish_reason)))
+                events.append(event(reply.closing(choice)))
             await stream.send(events)
             events = []
 
@@ -169,9 +194,9 @@ async def _answer_whole(
         collected = [delta async for deltas in choice.deltas() for delta in deltas]
         assert choice.finish_reason is not None, "deltas end with a finish reason"
         finished[choice.index] = FinishedChoice(
-            text="".join(delta.text for delta in collected),
+            choice=choice,
+            parts=AnswerParts.joined([delta.parts for delta in collected]),
             scored=[token for delta in collected for token in delta.scored],
-            finish_reason=choice.finish_reason,
         )
 
     await run_together([collect(choice) for choice in choices])
@@ -182,5 +207,14 @@ async def _answer_whole(
 def _usage(plan: Plan, choices: list[Choice]) -> Usage:
     return Usage(
         prompt_tokens=plan.num_prompt_tokens,
+        cached_tokens=_num_cached_tokens(plan, choices),
         completion_tokens=sum(choice.num_tokens for choice in choices),
+        reasoning_tokens=sum(choice.num_reasoning_tokens for choice in choices),
     )
+
+
+def _num_cached_tokens(plan: Plan, choices: list[Choice]) -> int:
+    """Of all prompts, each counted once: what none of its choices computed."""
+    counts = [choice.num_cached_tokens for choice in choices]
+    firsts = range(0, len(counts), plan.num_choices)
+    return sum(min(counts[first : first + plan.num_choices]) for first in firsts)

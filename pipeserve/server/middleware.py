@@ -15,19 +15,25 @@ from aiohttp.typedefs import Handler, Middleware
 
 from pipeserve.errors import PipeserveError
 from pipeserve.server.metrics import Metrics
+from pipeserve.server.options import LiveOptions
 from pipeserve.server.record import CLIENT_DISCONNECTED, RequestRecord
 from pipeserve.server.responses import ErrorReply, describe_error
 from pipeserve.server.sse import EVENT_STREAM, EventStream, event
+from pipeserve.server.tracing import RequestTracer
 
 RECORD = web.RequestKey("record", RequestRecord)
 REQUEST_ID_HEADER = "X-Request-Id"
+OPEN_PATHS = ("/health", "/metrics")
+"""Need no API key, and are too frequent for the log."""
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 log = structlog.get_logger()
 
 
-def make_middleware(metrics: Metrics) -> Middleware:
+def make_middleware(
+    metrics: Metrics, options: LiveOptions, tracer: RequestTracer | None
+) -> Middleware:
     """The one middleware of the application."""
 
     @web.middleware
@@ -36,7 +42,7 @@ def make_middleware(metrics: Metrics) -> Middleware:
         request[RECORD] = record
         status: int | None = None
         try:
-            response = await _answer(request, handler, record)
+            response = await _answer(request, handler, record, options)
             status = response.status
             return response
         except (asyncio.CancelledError, ConnectionError):
@@ -45,7 +51,7 @@ def make_middleware(metrics: Metrics) -> Middleware:
             record.error = CLIENT_DISCONNECTED if is_gone else "daemon stopped"
             raise
         finally:
-            _finish(request, record, status)
+            _finish(request, record, status, tracer)
 
     return middleware
 
@@ -58,12 +64,14 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
 
 
 async def _answer(
-    request: web.Request, handler: Handler, record: RequestRecord
+    request: web.Request, handler: Handler, record: RequestRecord, options: LiveOptions
 ) -> web.StreamResponse:
     try:
+        if request.path not in OPEN_PATHS:
+            record.key_label = options.keys.label_of(request.headers.get("Authorization"))
         return await handler(request)
     except web.HTTPException as error:
-        reply = _describe_http_error(request, error)
+        reply = _describe_http_error(request, error, options)
     except PipeserveError as error:
         reply = describe_error(error)
     except web.RequestPayloadError as error:
@@ -89,7 +97,9 @@ async def _send_error(request: web.Request, reply: ErrorReply) -> web.StreamResp
     return web.json_response(text=reply.to_json(), status=reply.status, headers=reply.headers)
 
 
-def _describe_http_error(request: web.Request, error: web.HTTPException) -> ErrorReply:
+def _describe_http_error(
+    request: web.Request, error: web.HTTPException, options: LiveOptions
+) -> ErrorReply:
     """aiohttp's own refusals: no such route, wrong method, body too large."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
@@ -103,14 +113,14 @@ def _describe_http_error(request: web.Request, error: web.HTTPException) -> Erro
         return ErrorReply(
             status=error.status,
             message=f"there is no {request.method} {request.path}; see /v1/models, "
-            "/v1/chat/completions, /v1/completions, /health, /metrics",
+            "/v1/chat/completions, /v1/completions, /health, /metrics, /openapi.json",
             code="unknown_url",
         )
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return ErrorReply(
             status=error.status,
-            message=f"the body is larger than {request.client_max_size} bytes; send less text, "
-            "or raise max_body_bytes",
+            message=f"the body is larger than {options.config.max_body_bytes:d} bytes; send less "
+            "text, or raise max_body_bytes",
             code="body_too_large",
         )
     return ErrorReply(status=error.status, message=error.reason)
@@ -121,11 +131,18 @@ def _request_id(request: web.Request) -> str:
     return given if _SANE_REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
 
 
-def _finish(request: web.Request, record: RequestRecord, status: int | None) -> None:
-    """Log line and latency; status is None where no answer was completed."""
+def _finish(
+    request: web.Request,
+    record: RequestRecord,
+    status: int | None,
+    tracer: RequestTracer | None,
+) -> None:
+    """Log line, metrics and trace; status is None where no answer was completed."""
+    if status is not None and status >= 400:
+        record.metrics.request_refused(status)
     record.request_finished()
     resource = request.match_info.route.resource
-    is_poll = request.path in ("/health", "/metrics")
+    is_poll = request.path in OPEN_PATHS
     (log.debug if is_poll else log.info)(
         "request finished",
         method=request.method,
@@ -133,3 +150,10 @@ def _finish(request: web.Request, record: RequestRecord, status: int | None) -> 
         status=status,
         **record.log_fields(),
     )
+    if tracer is not None and resource is not None and not is_poll:
+        tracer.request_ended(
+            record,
+            name=f"{request.method} {resource.canonical}",
+            traceparent=request.headers.get("traceparent"),
+            status=status,
+        )

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.errors import InvalidParameterError, PromptTooLongError
-from pipeserve.server.requests import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-    check_token_ids,
-    parse,
-)
+from pipeserve.server.body import check_token_ids, parse
+from pipeserve.server.chat_prompt import answer_form, encode_chat, render_chat, shown_token_ids
+from pipeserve.server.chat_requests import ChatCompletionRequest
+from pipeserve.server.completion_requests import CompletionRequest
+from pipeserve.server.requests import GenerationRequest
 from pipeserve.server.state import Services
-from pipeserve.text.tokenizer import Tokenizer
+from pipeserve.text.answer import AnswerForm
+from pipeserve.text.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,8 @@ class PlannedSequence:
 
     prompt_token_ids: Sequence[int]
     sampling: SamplingParams
+    echo: str | None = None
+    """The prompt's text, where the choice begins with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,49 +42,103 @@ class Plan:
     stop: tuple[str, ...]
     is_stream: bool
     includes_usage: bool
+    counts_every_chunk: bool
+    form: AnswerForm
+    num_choices: int
+    """Of each prompt."""
+    admission: AdmissionParams
+    timeout_s: float | None
+    """As the request has it."""
+    shown_token_ids: tuple[int, ...] = ()
+    """Control tokens whose names count as text."""
+    generates: bool = True
+    """False: the one token that each sequence generates is dropped, only the prompt is wanted."""
 
     @property
     def has_logprobs(self) -> bool:
         return self.sequences[0].sampling.num_logprobs is not None
 
 
-def plan_chat(body: bytes, services: Services) -> Plan:
+def plan_chat(body: bytes, services: Services, strict_fields: bool) -> Plan:
     """The plan for a body of /v1/chat/completions.
 
     Raises:
         RequestError: the body is malformed, names another model, does not fit the template or
             the context.
     """
-    request = parse(body, ChatCompletionRequest)
+    request = parse(body, ChatCompletionRequest, strict_fields=strict_fields)
     services.card.check_name(request.model)
     _check_count(request, 1, services)
-    generation_prompt = request.add_generation_prompt
-    text = services.chat_template.render(
-        [message.for_template() for message in request.messages],
-        add_generation_prompt=True if generation_prompt is None else generation_prompt,
-        extra=request.chat_template_kwargs,
-    )
+    text = render_chat(request, services)
     _check_size(text, services, param="messages")
-    prompt = services.tokenizer.encode(text, add_special_tokens=False)
-    prompt = _begin_with_bos(prompt, services.tokenizer)
-    return _plan(request, (prompt,), services, param="messages")
+    form = answer_form(request, text, services)
+    plan = _plan(request, (encode_chat(text, services.tokenizer),), services, param="messages")
+    return replace(plan, form=form, shown_token_ids=shown_token_ids(form, services))
 
 
-def plan_completion(body: bytes, services: Services) -> Plan:
+def plan_completion(body: bytes, services: Services, strict_fields: bool) -> Plan:
     """The plan for a body of /v1/completions; raises as plan_chat does."""
-    request = parse(body, CompletionRequest)
+    request = parse(body, CompletionRequest, strict_fields=strict_fields)
     services.card.check_name(request.model)
     _check_count(request, len(request.prompts), services)
+    prompts = [_prompt_token_ids(prompt, request, services) for prompt in request.prompts]
+    infill = services.tokenizer.infill
+    ends = infill.ends if infill is not None and request.suffix else frozenset[int]()
+    plan = _plan(request, prompts, services, param="prompt", further_ends=ends)
+    if request.echo:
+        plan = _with_echo(plan, services)
+    return replace(plan, generates=request.max_tokens != 0)
+
+
+def _with_echo(plan: Plan, services: Services) -> Plan:
+    sequences: list[PlannedSequence] = []
+    prompt, text = None, ""
+    for sequence in plan.sequences:
+        if sequence.prompt_token_ids is not prompt:
+            prompt = sequence.prompt_token_ids
+            # A character that the prompt leaves half is not there: the answer completes it.
+            text = "".join(map(Detokenizer(services.tokenizer).push, prompt))
+        num_logprobs = sequence.sampling.num_logprobs
+        sampling = replace(sequence.sampling, num_prompt_logprobs=num_logprobs)
+        sequences.append(replace(sequence, sampling=sampling, echo=text))
+    return replace(plan, sequences=tuple(sequences))
+
+
+def _prompt_token_ids(
+    prompt: str | tuple[int, ...], request: CompletionRequest, services: Services
+) -> Sequence[int]:
     tokenizer = services.tokenizer
-    prompts: list[Sequence[int]] = []
-    for prompt in request.prompts:
-        if isinstance(prompt, str):
-            _check_size(prompt, services, param="prompt")
-            prompts.append(tokenizer.encode(prompt, add_special_tokens=True))
-        else:
-            check_token_ids(prompt, vocab_size=tokenizer.vocab_size, param="prompt")
-            prompts.append(prompt)
-    return _plan(request, prompts, services, param="prompt")
+    if isinstance(prompt, str):
+        _check_size(prompt, services, param="prompt")
+        # Around a middle, names of control tokens are code like any other.
+        is_whole = not request.suffix
+        ids: Sequence[int] = tokenizer.encode(
+            prompt,
+            add_special_tokens=is_whole and request.add_special_tokens is not False,
+            parse_special=is_whole,
+        )
+    else:
+        check_token_ids(prompt, vocab_size=tokenizer.vocab_size, param="prompt")
+        ids = prompt
+    return _around_middle(ids, request.suffix, services) if request.suffix else ids
+
+
+def _around_middle(prefix: Sequence[int], suffix: str, services: Services) -> list[int]:
+    """A prompt that asks for what stands between prefix and suffix, in the order that models
+    were trained with: prefix, suffix, middle."""
+    tokenizer = services.tokenizer
+    infill = tokenizer.infill
+    if infill is None:
+        raise InvalidParameterError(
+            "suffix needs a model with fill-in-the-middle tokens, which "
+            f"{services.card.name!r} has not; leave it out",
+            param="suffix",
+        )
+    _check_size(suffix, services, param="suffix")
+    begin = [tokenizer.bos_token_id] if tokenizer.add_bos else []
+    after = tokenizer.encode(suffix, add_special_tokens=False, parse_special=False)
+    ids = [*begin, infill.prefix, *prefix, infill.suffix, *after, infill.middle]
+    return [token_id for token_id in ids if token_id is not None]
 
 
 def _check_size(text: str, services: Services, *, param: str) -> None:
@@ -95,14 +151,6 @@ def _check_size(text: str, services: Services, *, param: str) -> None:
             f"{context_length}, the answer included: shorten it",
             param=param,
         )
-
-
-def _begin_with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:
-    """A template writes the special tokens itself, but some leave BOS to the tokenizer."""
-    bos = tokenizer.bos_token_id
-    if not tokenizer.add_bos or bos is None or prompt[:1] == [bos]:
-        return prompt
-    return [bos, *prompt]
 
 
 def _check_count(request: GenerationRequest, num_prompts: int, services: Services) -> None:
@@ -123,7 +171,9 @@ def _plan(
     services: Services,
     *,
     param: str,
+    further_ends: frozenset[int] = frozenset(),
 ) -> Plan:
+    """further_ends: tokens that end an answer besides those that always do."""
     seeds = request.choice_seeds()
     limits = [_max_tokens(request, len(prompt), services, param=param) for prompt in prompts]
     # Made once: a logit_bias can name the whole vocabulary, and all sequences share it.
@@ -131,7 +181,7 @@ def _plan(
         seed=seeds[0],
         max_tokens=limits[0],
         vocab_size=services.tokenizer.vocab_size,
-        eos_token_ids=services.tokenizer.eos_token_ids,
+        eos_token_ids=services.tokenizer.eos_token_ids | further_ends,
     )
     sequences = [
         PlannedSequence(
@@ -146,6 +196,11 @@ def _plan(
         stop=request.stop_strings,
         is_stream=bool(request.stream),
         includes_usage=request.includes_usage,
+        counts_every_chunk=request.counts_every_chunk,
+        form=AnswerForm(),
+        num_choices=request.num_choices,
+        admission=request.admission,
+        timeout_s=request.timeout,
     )
 
 
@@ -165,6 +220,7 @@ def _max_tokens(
     wanted = request.wanted_tokens
     if wanted is None:
         return context_length - num_prompt_tokens
+    wanted = max(wanted, 1)  # 0 is for an echo: the token that comes with it is dropped
     if num_prompt_tokens + wanted > context_length:
         raise PromptTooLongError(
             f"{param} has {num_prompt_tokens} tokens and up to {wanted} are asked for, together "

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from pipeserve.engine.messages import FinishReason
+from pipeserve.server.api_keys import ANYBODY
 from pipeserve.server.metrics import Metrics
 
 CLIENT_DISCONNECTED = "client disconnected"
@@ -21,8 +22,12 @@ class RequestRecord:
     request_id: str
     metrics: Metrics
     started_at: float = field(default_factory=time.perf_counter)
+    key_label: str = ANYBODY
+    """Whose API key it brought; never the key."""
     prompt_tokens: int = 0
     output_tokens: int = 0
+    submitted_at: float | None = None
+    """When the engine got it."""
     first_token_at: float | None = None
     last_token_at: float | None = None
     finish_reasons: set[FinishReason] = field(default_factory=set)
@@ -66,6 +71,8 @@ class RequestRecord:
     def log_fields(self) -> dict[str, object]:
         """The fields of the log line; those that do not apply are left out."""
         fields: dict[str, object] = {"request_id": self.request_id}
+        if self.key_label != ANYBODY:
+            fields["key"] = self.key_label
         if self.prompt_tokens:
             fields |= {"prompt_tokens": self.prompt_tokens, "output_tokens": self.output_tokens}
         if self.ttft_s is not None:

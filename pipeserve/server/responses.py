@@ -1,6 +1,6 @@
-"""OpenAI response bodies: answers, chunks of streams, the model list and errors.
+"""OpenAI response bodies: what all answers share, the model list and errors.
 
-Runs on the event loop. With requests.py the only place that knows OpenAI's JSON.
+Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from pipeserve.errors import (
     PromptTooLongError,
     QueueFullError,
     RequestError,
+    RequestTimeoutError,
     StageFailedError,
     StageStalledError,
     TextTimeoutError,
+    UnauthorizedError,
     UnknownModelError,
 )
-from pipeserve.server.generation import Delta, ScoredToken
-from pipeserve.server.state import ModelCard
+from pipeserve.server.generation import Choice, Delta
+from pipeserve.server.plan import Plan
+from pipeserve.server.scores import ScoredToken
+from pipeserve.server.state import ModelCard, Services
+from pipeserve.text.answer import AnswerParts
 from pipeserve.text.tokenizer import Tokenizer
 
-_LEAST_LOGPROB = -9999.0
+LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say (OpenAI's value for a very unlikely token)."""
 
 RETRY_AFTER_S = 5
@@ -45,13 +50,18 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Those among prompt_tokens that were not computed, but found in the prefix cache."""
+    reasoning_tokens: int = 0
+    """Those among completion_tokens that were thoughts."""
 
     def to_json(self) -> Json:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
@@ -59,9 +69,10 @@ class Usage:
 class FinishedChoice:
     """One choice of an answer that is sent whole."""
 
-    text: str
+    choice: Choice
+    parts: AnswerParts
+    """All deltas in one."""
     scored: Sequence[ScoredToken]
-    finish_reason: FinishReason
 
 
 class Reply(ABC):
@@ -77,20 +88,18 @@ class Reply(ABC):
     _no_content: str
     """The members of a chunk's choice where there is no text."""
 
-    def __init__(
-        self, *, card: ModelCard, tokenizer: Tokenizer, has_logprobs: bool, includes_usage: bool
-    ) -> None:
+    def __init__(self, *, card: ModelCard, tokenizer: Tokenizer, plan: Plan) -> None:
         self._tokenizer = tokenizer
-        self._has_logprobs = has_logprobs
+        self._plan = plan
         self._head: Json = {
             "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": card.name,
             "system_fingerprint": card.fingerprint,
         }
-        chunk = _to_json({"object": self.chunk_name, **self._head})
+        chunk = to_json({"object": self.chunk_name, **self._head})
         self._chunk_start = f'{chunk[:-1]},"choices":['
-        self._chunk_end = '],"usage":null}' if includes_usage else "]}"
+        self._plain_end = '],"usage":null}' if plan.includes_usage else "]}"
 
     @abstractmethod
     def opening(self, index: int) -> str | None:
@@ -98,144 +107,105 @@ class Reply(ABC):
 
     def delta(self, index: int, delta: Delta) -> str:
         """The chunk that carries some text."""
-        logprobs = _to_json(self._logprobs(delta.scored)) if self._has_logprobs else "null"
-        content = self._content(json.dumps(delta.text))
+        has_logprobs = self._plan.has_logprobs
+        logprobs = to_json(self._logprobs(delta.scored)) if has_logprobs else "null"
         return (
-            f'{self._chunk_start}{{"index":{index},{content},'
-            f'"logprobs":{logprobs},"finish_reason":null}}{self._chunk_end}'
+            f'{self._chunk_start}{{"index":{index},{self._content(delta.parts)},'
+            f'"logprobs":{logprobs},"finish_reason":null}}{self._end(index, delta.num_tokens)}'
         )
 
-    def closing(self, index: int, reason: FinishReason) -> str:
+    def closing(self, choice: Choice) -> str:
         """The chunk that says why a choice ended."""
         return (
-            f'{self._chunk_start}{{"index":{index},{self._no_content},'
-            f'"logprobs":null,"finish_reason":"{reason.value}"}}{self._chunk_end}'
+            f'{self._chunk_start}{{"index":{choice.index},{self._no_content},"logprobs":null,'
+            f'"finish_reason":"{_reason(choice)}"}}{self._end(choice.index, choice.num_tokens)}'
         )
+
+    def _end(self, index: int, num_tokens: int) -> str:
+        """Of a chunk of a choice that has so many tokens."""
+        if not self._plan.counts_every_chunk:
+            return self._plain_end
+        prompt_tokens = len(self._plan.sequences[index].prompt_token_ids)
+        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=num_tokens)
+        return f'],"usage":{to_json(usage.to_json())}}}'
 
     def usage_chunk(self, usage: Usage) -> str:
         """The chunk after all choices that counts the tokens."""
         head = {"object": self.chunk_name, **self._head}
-        return _to_json({**head, "choices": [], "usage": usage.to_json()})
+        return to_json({**head, "choices": [], "usage": usage.to_json()})
 
     def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> str:
         """The body of an answer that is not streamed."""
+        has_logprobs = self._plan.has_logprobs
         answer = {
             "object": self.object_name,
             **self._head,
             "choices": [
                 {
-                    "index": index,
-                    **self._whole_content(choice.text),
-                    "logprobs": self._logprobs(choice.scored) if self._has_logprobs else None,
-                    "finish_reason": choice.finish_reason.value,
+                    "index": finished.choice.index,
+                    **self._whole_content(finished.parts),
+                    "logprobs": self._logprobs(finished.scored) if has_logprobs else None,
+                    "finish_reason": _reason(finished.choice),
                 }
-                for index, choice in enumerate(choices)
+                for finished in choices
             ],
             "usage": usage.to_json(),
         }
-        return _to_json(answer)
+        return to_json(answer)
 
     @abstractmethod
-    def _content(self, text_json: str) -> str:
-        """The members of a chunk's choice that hold its text, which is JSON already."""
+    def _content(self, parts: AnswerParts) -> str:
+        """The members of a chunk's choice that hold these parts, as JSON."""
 
     @abstractmethod
-    def _whole_content(self, text: str) -> Json: ...
+    def _whole_content(self, parts: AnswerParts) -> Json: ...
 
     @abstractmethod
     def _logprobs(self, scored: Sequence[ScoredToken]) -> Json: ...
 
 
-class ChatReply(Reply):
-    """Answers of /v1/chat/completions."""
-
-    id_prefix = "chatcmpl"
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
-    _no_content = '"delta":{}'
-
-    def opening(self, index: int) -> str:
-        return (
-            f'{self._chunk_start}{{"index":{index},"delta":{{"role":"assistant","content":""}},'
-            f'"logprobs":null,"finish_reason":null}}{self._chunk_end}'
-        )
-
-    def _content(self, text_json: str) -> str:
-        return f'"delta":{{"content":{text_json}}}'
-
-    def _whole_content(self, text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> Json:
-        return {"content": [self._scored(token) for token in scored], "refusal": None}
-
-    def _scored(self, token: ScoredToken) -> Json:
-        pairs = zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)
-        return {
-            **self._token(token.token_id, token.logprobs.logprob),
-            "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in pairs],
-        }
-
-    def _token(self, token_id: int, logprob: float) -> Json:
-        raw = self._tokenizer.token_bytes(token_id, skip_special=False)
-        return {
-            "token": raw.decode(errors="replace"),
-            "logprob": max(logprob, _LEAST_LOGPROB),
-            "bytes": list(raw),
-        }
+def _reason(choice: Choice) -> str:
+    """Why the choice ended, in OpenAI's words."""
+    reason = choice.finish_reason
+    assert reason is not None, "the choice has ended"
+    return "tool_calls" if choice.has_calls and reason is FinishReason.STOP else reason.value
 
 
-class CompletionReply(Reply):
-    """Answers of /v1/completions."""
-
-    id_prefix = "cmpl"
-    object_name = "text_completion"
-    chunk_name = "text_completion"
-    _no_content = '"text":""'
-
-    def opening(self, index: int) -> None:
-        return None
-
-    def _content(self, text_json: str) -> str:
-        return f'"text":{text_json}'
-
-    def _whole_content(self, text: str) -> Json:
-        return {"text": text}
-
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> Json:
-        return {
-            "tokens": [self._token(token.token_id) for token in scored],
-            "token_logprobs": [max(token.logprobs.logprob, _LEAST_LOGPROB) for token in scored],
-            "top_logprobs": [self._top(token) for token in scored],
-            "text_offset": [token.text_offset for token in scored],
-        }
-
-    def _top(self, token: ScoredToken) -> dict[str, float]:
-        """The likeliest tokens; the one that was chosen is always among them."""
-        pairs = zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)
-        top = {self._token(token_id): max(value, _LEAST_LOGPROB) for token_id, value in pairs}
-        top.setdefault(self._token(token.token_id), max(token.logprobs.logprob, _LEAST_LOGPROB))
-        return top
-
-    def _token(self, token_id: int) -> str:
-        """Pieces of a character are told apart by their bytes, which this format has no place
-        for otherwise (as OpenAI's own answers have them)."""
-        raw = self._tokenizer.token_bytes(token_id, skip_special=False)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def model_object(card: ModelCard, context_length: int) -> Json:
-    """One model as /v1/models describes it."""
+def model_object(services: Services) -> Json:
+    """The model as /v1/models describes it."""
+    card = services.card
     return {
         "id": card.name,
         "object": "model",
         "created": card.created,
         "owned_by": "pipeserve",
-        "max_model_len": context_length,
+        "max_model_len": services.engine.facts.context_length,
+        "meta": _model_meta(services),
     }
+
+
+def _model_meta(services: Services) -> Json:
+    """Numbers under llama-server's names where it has them."""
+    features, facts = services.chat_template.features, services.card.facts
+    meta: Json = {
+        "n_vocab": services.tokenizer.vocab_size,
+        "capabilities": {
+            "tools": features.tools,
+            "tool_call_format": features.tool_call_format.name,
+            "reasoning": features.reasoning is not None,
+            "thinking_switch": features.thinking_switch,
+            "infill": services.tokenizer.infill is not None,
+        },
+    }
+    if facts is not None:
+        meta |= {
+            "architecture": facts.architecture,
+            "quantisation": facts.quantisation,
+            "n_params": facts.num_parameters,
+            "size": facts.num_bytes,
+            "n_ctx_train": facts.trained_context,
+        }
+    return meta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +226,7 @@ class ErrorReply:
             "param": self.param,
             "code": self.code,
         }
-        return _to_json({"error": error})
+        return to_json({"error": error})
 
 
 _SERVER = "server_error"
@@ -264,11 +234,13 @@ _SERVER = "server_error"
 _ERRORS: tuple[tuple[type[PipeserveError], int, str, str | None], ...] = (
     (UnknownModelError, 404, "invalid_request_error", "model_not_found"),
     (PromptTooLongError, 400, "invalid_request_error", "context_length_exceeded"),
+    (UnauthorizedError, 401, "authentication_error", "invalid_api_key"),
     (ChatTemplateError, 400, "invalid_request_error", "chat_template_error"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (RequestError, 400, "invalid_request_error", None),
     (NotReadyError, 503, _SERVER, "not_ready"),
     (TextTimeoutError, 503, _SERVER, "text_timeout"),
+    (RequestTimeoutError, 504, _SERVER, "request_timeout"),
     (StageStalledError, 500, _SERVER, "stage_stalled"),
     (StageFailedError, 500, _SERVER, "stage_failed"),
     (PipeserveError, 500, _SERVER, None),
@@ -282,6 +254,8 @@ def describe_error(error: PipeserveError) -> ErrorReply:
     headers: dict[str, str] = {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(error.retry_after_s)
+    elif status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     elif status == 503:
         headers["Retry-After"] = str(RETRY_AFTER_S)
     return ErrorReply(
@@ -294,6 +268,6 @@ def describe_error(error: PipeserveError) -> ErrorReply:
     )
 
 
-def _to_json(value: Json) -> str:
+def to_json(value: Json) -> str:
     """Compact and in ASCII: some clients split event streams at Unicode line separators."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)

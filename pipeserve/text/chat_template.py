@@ -20,6 +20,7 @@ import jinja2.utils
 
 from pipeserve.errors import ChatTemplateError, GGUFFormatError
 from pipeserve.gguf.reader import GGUFFile
+from pipeserve.text.template_features import TemplateFeatures
 from pipeserve.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -40,6 +41,9 @@ PLAIN = (
 
 MAX_OPERATION_SIZE = 1_000_000
 """Most characters, items or bits that one * or ** in a template may produce."""
+
+MAX_SOURCE_CHARACTERS = 1_000_000
+"""A hundred times what is common."""
 
 # What the expressions of a template can raise, sandbox or not.
 _RENDER_ERRORS = (
@@ -65,8 +69,16 @@ class ChatTemplate:
         """
         self._bos_token = bos_token
         self._eos_token = eos_token
+        source = PLAIN if source is None else source
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise ChatTemplateError(
+                f"the model's chat template has {len(source)} characters; at most "
+                f"{MAX_SOURCE_CHARACTERS} are possible"
+            )
+        environment = _environment()
         try:
-            self._template = _environment().from_string(PLAIN if source is None else source)
+            self._template = environment.from_string(source)
+            self.features = TemplateFeatures.of(source, environment)
         except (
             jinja2.TemplateError,
             SyntaxError,

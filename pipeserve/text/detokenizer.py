@@ -6,7 +6,7 @@ Belongs to one request; not to be shared between threads. Its cost is linear in 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeserve.text.tokenizer import Tokenizer
 
@@ -29,6 +29,7 @@ class Detokenizer:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         prompt_token_ids: Sequence[int] = (),
+        shown_token_ids: Collection[int] = (),
     ) -> None:
         """
         Args:
@@ -37,8 +38,13 @@ class Detokenizer:
             prompt_token_ids: what the generated tokens continue. Where the prompt has text, a space
                 that the first token begins with belongs to the text; where it has none, it is the
                 tokenizer's own. A character that the prompt leaves half is completed.
+            shown_token_ids: control tokens whose names are part of the text all the same.
         """
         self._pieces = tokenizer.pieces(skip_special=skip_special_tokens)
+        self._shown = {
+            token_id: tokenizer.token_bytes(token_id, skip_special=False)
+            for token_id in shown_token_ids
+        }
         self._decode = _UTF8(errors="replace").decode
         for token_id in prompt_token_ids[-_MOST_BYTES_OF_CHARACTER:]:
             self._decode(tokenizer.token_bytes(token_id))
@@ -54,7 +60,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take the next token; the text that is now certain, possibly empty."""
-        piece = self._pieces[token_id]
+        piece = self._shown.get(token_id) or self._pieces[token_id]
         if self._strips_space and piece:
             self._strips_space = False
             piece = piece.removeprefix(b" ")

@@ -13,7 +13,7 @@ from pipeserve.errors import UnsupportedModelError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.text.bpe import bpe_pieces, build_bpe, pre_tokenizer_kind
 from pipeserve.text.spm import adds_space_prefix, build_spm, spm_pieces
-from pipeserve.text.vocabulary import TokenType, Vocabulary
+from pipeserve.text.vocabulary import InfillTokens, TokenType, Vocabulary
 
 _SPECIAL_TYPES = (TokenType.CONTROL, TokenType.UNKNOWN)
 
@@ -160,6 +160,15 @@ class Tokenizer:
     def has_token(self, name: str) -> bool:
         """Whether the vocabulary holds a token of this name."""
         return name in self._vocabulary.ids
+
+    def token_id(self, name: str) -> int | None:
+        """The id of the token of this name; None where the vocabulary has none."""
+        return self._vocabulary.ids.get(name)
+
+    @property
+    def infill(self) -> InfillTokens | None:
+        """What marks prefix, suffix and middle; None where the model cannot fill in."""
+        return self._vocabulary.infill
 
     def _name(self, token_id: int | None) -> str:
         return "" if token_id is None else self._vocabulary.tokens[token_id]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 
 import aiohttp
@@ -14,8 +13,11 @@ import pytest
 from aiohttp import web
 
 from pipeserve.config import Config
+from pipeserve.server.api_keys import ApiKeys
 from pipeserve.server.app import build_app, make_runner
+from pipeserve.server.options import LiveOptions
 from pipeserve.server.state import AppState, ModelCard, Services
+from pipeserve.server.text_pool import TextPool
 from pipeserve.text.chat_template import ChatTemplate
 from tests.server.fakes import ByteTokenizer, ScriptedEngine
 
@@ -60,33 +62,36 @@ class Server:
             return answer.status, await answer.json()
 
 
-def make_services(engine: ScriptedEngine, executor: ThreadPoolExecutor) -> Services:
+def make_services(engine: ScriptedEngine, text_pool: TextPool) -> Services:
     return Services(
         engine=engine.client,
         tokenizer=ByteTokenizer(),
         chat_template=ChatTemplate(TEMPLATE, bos_token="<|begin|>", eos_token="<|end|>"),
         card=ModelCard(name="tiny", created=1_700_000_000, fingerprint="fp_test"),
-        text_executor=executor,
+        text_pool=text_pool,
     )
 
 
 @asynccontextmanager
-async def running_server(config: Config | None = None) -> AsyncIterator[Server]:
+async def running_server(
+    config: Config | None = None, keys: ApiKeys | None = None
+) -> AsyncIterator[Server]:
     """A server that is still loading; `server.state.ready(server.services)` opens it."""
     state = AppState()
-    runner = make_runner(build_app(state, config or Config()), shutdown_timeout_s=1.0)
+    options = LiveOptions(config or Config(), keys)
+    runner = make_runner(build_app(state, options), options, shutdown_timeout_s=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     host, port = runner.addresses[0][:2]
     engine = ScriptedEngine()
-    with ThreadPoolExecutor(max_workers=2) as executor:
+    with closing(TextPool(2)) as text_pool:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as http:
             yield Server(
                 host=host,
                 port=port,
                 state=state,
-                services=make_services(engine, executor),
+                services=make_services(engine, text_pool),
                 engine=engine,
                 http=http,
             )

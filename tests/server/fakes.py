@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import assert_never
 
-from pipeserve.core.batch import PipelineFacts
+import numpy as np
+
+from pipeserve.core.batch import PipelineFacts, PromptLogprobs
 from pipeserve.engine.client import EngineClient
 from pipeserve.engine.messages import (
     Abort,
@@ -22,6 +24,7 @@ from pipeserve.engine.messages import (
     TokenLogprobs,
 )
 from pipeserve.engine.stats import EngineStats
+from pipeserve.text.vocabulary import InfillTokens
 
 EOS = 256
 BOS = 257
@@ -42,6 +45,8 @@ class ByteTokenizer:
     eos_token_ids = frozenset({EOS})
     bos_token_id = BOS
     add_bos = True
+    infill = InfillTokens(prefix=1, suffix=2, middle=3, ends=frozenset({1, 2, 3}))
+    """Tokens that a test's texts do not use otherwise."""
     bos_token = _SPECIAL[BOS]
     eos_token = _SPECIAL[EOS]
 
@@ -52,12 +57,19 @@ class ByteTokenizer:
         raw = text.removeprefix(self.bos_token).encode()
         return [*([BOS] if add_special_tokens or begins_with_bos else []), *raw]
 
+    def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:
+        pieces = self.pieces(skip_special=skip_special)
+        return b"".join(pieces[token_id] for token_id in token_ids).decode(errors="replace")
+
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         return self.pieces(skip_special=skip_special)[token_id]
 
     def pieces(self, *, skip_special: bool) -> list[bytes]:
         special = [b"" if skip_special else name.encode() for name in _SPECIAL.values()]
         return [bytes([value]) for value in range(256)] + special
+
+    def token_id(self, name: str) -> int | None:
+        return next((index for index, special in _SPECIAL.items() if special == name), None)
 
     def is_special(self, token_id: int) -> bool:
         return token_id in _SPECIAL
@@ -164,6 +176,7 @@ class ScriptedEngine:
     async def _run(self, submit: Submit) -> None:
         sampling = submit.sampling
         num_tokens = 0
+        self._deliver_prompt_logprobs(submit)
         for batch in self.answer(submit):
             await asyncio.sleep(0)
             sent: list[int] = []
@@ -183,6 +196,24 @@ class ScriptedEngine:
             if reason is not None:
                 return
         await asyncio.get_running_loop().create_future()
+
+    def _deliver_prompt_logprobs(self, submit: Submit) -> None:
+        """In two parts, as of a prompt that is computed in chunks."""
+        count = submit.sampling.num_prompt_logprobs
+        if count is None:
+            return
+        for first, end in ((1, 3), (3, None)):
+            ids = submit.prompt_token_ids[first:end]
+            scores = [score for each in ids if (score := logprobs_of(each, count)) is not None]
+            self.client.deliver(
+                PromptLogprobs(
+                    seq_id=submit.seq_id,
+                    first=first,
+                    token_P=np.array([score.logprob for score in scores], np.float32),
+                    top_ids_PK=np.array([score.top_ids for score in scores], np.int32),
+                    top_PK=np.array([score.top_logprobs for score in scores], np.float32),
+                )
+            )
 
     def _deliver(
         self,

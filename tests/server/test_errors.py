@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import openai
@@ -37,6 +36,13 @@ def _error(answer: dict[str, object]) -> dict[str, object]:
     return error
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def _named(name: str) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name}}
+
+
 WRONG_FIELDS = [
     (CHAT, {"messages": MESSAGES}, "model", "missing"),
     (CHAT, {"model": "tiny"}, "messages", "missing"),
@@ -57,9 +63,9 @@ WRONG_FIELDS = [
     ),
     (
         CHAT,
-        _chat(messages=[{"role": "user", "content": "a", "tool_calls": [{}]}]),
-        "messages[0].tool_calls",
-        "not supported",
+        _chat(messages=[{"role": "assistant", "content": "a", "tool_calls": [{}]}]),
+        "messages[0].tool_calls[0].id",
+        "missing",
     ),
     (CHAT, _chat(n=0), "n", "at least 1"),
     (CHAT, _chat(n=129), "n", "at most 128"),
@@ -94,15 +100,20 @@ WRONG_FIELDS = [
     (CHAT, _chat(top_logprobs=3), "top_logprobs", "set logprobs to true"),
     (CHAT, _chat(logprobs=True, top_logprobs=21), "top_logprobs", "at most 20"),
     (CHAT, _chat(chat_template_kwargs=[]), "chat_template_kwargs", "must be an object"),
-    (CHAT, _chat(tools=[{"type": "function"}]), "tools", "leave it out"),
-    (CHAT, _chat(tool_choice="auto"), "tool_choice", '"none"'),
-    (CHAT, _chat(functions=[{}]), "functions", "leave it out"),
-    (CHAT, _chat(function_call="auto"), "function_call", '"none"'),
+    (CHAT, _chat(tools=[{"type": "function"}]), "tools[0].function", "missing"),
+    (CHAT, _chat(tools=[{"type": "custom", "custom": {}}]), "tools[0].type", "'function'"),
+    (CHAT, _chat(tool_choice="auto"), "tool_choice", "send tools"),
+    (CHAT, _chat(tools=TOOLS, tool_choice="sometimes"), "tool_choice", "'none', 'auto'"),
+    (CHAT, _chat(tools=TOOLS, tool_choice="required"), "tool_choice", 'send "auto"'),
+    (CHAT, _chat(tools=TOOLS, tool_choice=_named("f")), "tool_choice", 'send "auto"'),
+    (CHAT, _chat(tools=TOOLS, tool_choice=_named("g")), "tool_choice", "not among tools"),
+    (CHAT, _chat(functions=[{}]), "functions", "send tools"),
+    (CHAT, _chat(function_call="auto"), "function_call", "send tool_choice"),
+    (CHAT, _chat(verbosity="low"), "verbosity", '"medium"'),
     (CHAT, _chat(response_format={"type": "json_object"}), "response_format", "leave it out"),
     (CHAT, _chat(guided_json={}), "guided_json", "leave it out"),
     (CHAT, _chat(audio={}), "audio", "leave it out"),
     (CHAT, _chat(modalities=["audio"]), "modalities", '["text"]'),
-    (CHAT, _chat(store=True), "store", "leave it out"),
     (TEXT, {"model": "tiny"}, "prompt", "missing"),
     (TEXT, _text(prompt=5), "prompt", "prompt is 5; it must be a string or a list"),
     (TEXT, _text(prompt=[]), "prompt", "at least 1"),
@@ -113,8 +124,11 @@ WRONG_FIELDS = [
     (TEXT, _text(prompt=[-1]), "prompt", "from 0 to 258"),
     (TEXT, _text(logprobs=21), "logprobs", "at most 20"),
     (TEXT, _text(logprobs=True), "logprobs", "must be an integer"),
-    (TEXT, _text(echo=True), "echo", "leave it out"),
-    (TEXT, _text(suffix="x"), "suffix", "leave it out"),
+    (TEXT, _text(prompt_logprobs=1), "prompt_logprobs", "send echo and logprobs"),
+    (TEXT, _text(mirostat=2), "mirostat", "no such sampler"),
+    (TEXT, _text(skip_special_tokens=False), "skip_special_tokens", "leave it out"),
+    (TEXT, _text(max_tokens=0), "max_tokens", "set echo"),
+    (TEXT, _text(echo=True, suffix="x"), "suffix", "leave one of them out"),
     (TEXT, _text(best_of=2), "best_of", "send 1"),
 ]
 
@@ -142,6 +156,9 @@ async def test_wrong_field(
     [
         {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}},
         {"modalities": ["text"], "store": False, "top_k": -1},
+        {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex"},
+        {"prediction": {"type": "content", "content": "x"}, "prompt_cache_key": "k"},
+        {"safety_identifier": "s", "verbosity": "medium", "nobody knows": "this"},
     ],
 )
 async def test_unsupported_fields_that_ask_for_nothing_are_accepted(
@@ -149,6 +166,30 @@ async def test_unsupported_fields_that_ask_for_nothing_are_accepted(
 ) -> None:
     status, answer = await server.post(CHAT, _chat(**fields))
     assert status == 200, answer
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (_chat(tempratur=1), "tempratur"),
+        (_chat(messages=[{"role": "user", "content": "a", "colour": 1}]), "messages[0].colour"),
+        (_chat(stream=True, stream_options={"usage": True}), "stream_options.usage"),
+    ],
+)
+async def test_strict_fields_refuses_what_nobody_knows(body: dict[str, object], param: str) -> None:
+    async with running_server(Config(strict_fields=True)) as server:
+        server.state.ready(server.services)
+        status, answer = await server.post(CHAT, body)
+        assert (status, _error(answer)["param"]) == (400, param)
+        known = _chat(user="me", tools=[{**TOOLS[0]}], parallel_tool_calls=True)
+        assert (await server.post(CHAT, known))[0] == 200
+
+
+async def test_suffix_needs_a_model_that_fills_in(server: Server) -> None:
+    server.services.tokenizer.infill = None  # type: ignore[misc]
+    status, answer = await server.post(TEXT, _text(suffix="x"))
+    assert (status, _error(answer)["param"]) == (400, "suffix")
+    assert "'tiny' has not" in str(_error(answer)["message"])
 
 
 @pytest.mark.parametrize(
@@ -308,14 +349,12 @@ async def test_template_or_tokeniser_that_takes_too_long() -> None:
             return [1]
 
     async with running_server(Config(text_timeout_s=0.05)) as server:
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            services = replace(server.services, tokenizer=SlowTokenizer(), text_executor=executor)
-            server.state.ready(services)
-            async with server.http.post(f"{server.url}{TEXT}", json=_text()) as response:
-                error = _error(await response.json())
-                assert response.status == 503
-                assert "Retry-After" in response.headers
-            release.set()
+        server.state.ready(replace(server.services, tokenizer=SlowTokenizer()))
+        async with server.http.post(f"{server.url}{TEXT}", json=_text()) as response:
+            error = _error(await response.json())
+            assert response.status == 503
+            assert "Retry-After" in response.headers
+        release.set()
     assert error["code"] == "text_timeout"
     assert "text_timeout_s" in str(error["message"])
 

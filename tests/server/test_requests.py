@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from typing import get_type_hints
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from openai.types import chat, completion_create_params
 
 from pipeserve.errors import InvalidParameterError
-from pipeserve.server.requests import ChatCompletionRequest, CompletionRequest, parse
+from pipeserve.server.body import Body, parse
+from pipeserve.server.chat_requests import ChatCompletionRequest
+from pipeserve.server.completion_requests import CompletionRequest
 
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5)
@@ -52,6 +56,33 @@ def test_any_value_in_any_field_parses_or_is_refused_by_name(
         return
     assert all(0 <= seed < 2**63 for seed in request.choice_seeds())
     assert math.isfinite(sampling.temperature)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters"),
+    [
+        (
+            ChatCompletionRequest,
+            (
+                chat.completion_create_params.CompletionCreateParamsNonStreaming,
+                chat.completion_create_params.CompletionCreateParamsStreaming,
+            ),
+        ),
+        (
+            CompletionRequest,
+            (
+                completion_create_params.CompletionCreateParamsNonStreaming,
+                completion_create_params.CompletionCreateParamsStreaming,
+            ),
+        ),
+    ],
+)
+def test_every_parameter_of_the_openai_package_is_known(
+    kind: type[Body], parameters: tuple[type, ...]
+) -> None:
+    known = {name for each in parameters for name in get_type_hints(each)}
+    assert len(known) > 15
+    assert known <= set(kind.model_fields)
 
 
 @given(body=st.binary(max_size=40))

@@ -90,6 +90,12 @@ class TestWithoutStop:
         shown = Detokenizer(byte_tokenizer, skip_special_tokens=False)
         assert run(shown, ids) == ["a", "<|end|>", "b", ""]
 
+    def test_some_special_tokens_are_shown_among_the_others(
+        self, byte_tokenizer: Tokenizer
+    ) -> None:
+        shown = Detokenizer(byte_tokenizer, shown_token_ids=[END])
+        assert run(shown, [97, END, 98]) == ["a", "<|end|>", "b", ""]
+
     def test_character_that_the_prompt_left_half(self, byte_tokenizer: Tokenizer) -> None:
         prompt = [ord("x"), *"🙂".encode()[:2]]
         detokenizer = Detokenizer(byte_tokenizer, prompt_token_ids=prompt)

@@ -153,6 +153,29 @@ class TestBeginningAndEnd:
         assert load(path).eos_token_ids == {END + 1, END + 2}
 
 
+class TestInfill:
+    NAMES = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>")
+
+    def test_tokens_are_found_by_name(self, path: Path) -> None:
+        infill = load(write_byte_vocabulary(path, control=self.NAMES)).infill
+        assert infill is not None
+        assert (infill.prefix, infill.suffix, infill.middle) == (END, END + 1, END + 2)
+        assert infill.ends == {END, END + 1, END + 2, END + 3}
+
+    @pytest.mark.parametrize(
+        "keys", [("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")]
+    )
+    def test_keys_of_the_file_go_before_names(self, keys: tuple[str, ...], path: Path) -> None:
+        ids = {f"{key}_token_id": END + 3 + index for index, key in enumerate(keys)}
+        control = [*self.NAMES[:3], "<a>", "<b>", "<c>"]
+        infill = load(write_byte_vocabulary(path, control=control, ids=ids)).infill
+        assert infill is not None
+        assert (infill.prefix, infill.suffix, infill.middle) == (END + 3, END + 4, END + 5)
+
+    def test_some_are_not_enough(self, path: Path) -> None:
+        assert load(write_byte_vocabulary(path, control=self.NAMES[:2])).infill is None
+
+
 Pair = tuple[Tokenizer, sentencepiece.SentencePieceProcessor]
 
 
