@@ -3,6 +3,12 @@
 PYTHON ?= python3
 ARGS ?=
 HOST ?= http://127.0.0.1:8000
+DESTDIR ?=
+PREFIX ?= /opt/pipeserve
+SYSCONFDIR ?= /etc
+LIBDIR ?= /usr/local/lib
+DATADIR ?= /usr/local/share
+PIP_FLAGS ?=
 USERS ?= 8
 
 BIN := .venv/bin
@@ -11,6 +17,7 @@ TRITON := triton==3.6.0
 PINS := pyproject.toml .ci/constraints.txt
 
 .PHONY: help serve test lint types kernels-aot loadtest clean
+.PHONY: install install-program install-service
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -37,6 +44,30 @@ kernels-aot: .venv/.dev-stamp ## compile every GPU kernel for every card, withou
 loadtest: .venv/.loadtest-stamp ## 30 s of Locust users against a running server; HOST=... USERS=8
 	$(BIN)/locust -f loadtest/locustfile.py --headless --run-time 30s --stop-timeout 30s \
 		--users $(USERS) --spawn-rate $(USERS) --host $(HOST) $(ARGS)
+
+install: install-program install-service ## as a system service; DESTDIR, PREFIX=/opt/pipeserve
+
+# The interpreter finds its packages by its own place, so the folder may be moved out of DESTDIR.
+install-program:
+	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)
+	$(DESTDIR)$(PREFIX)/bin/python -m pip --disable-pip-version-check install \
+		-c .ci/constraints.txt --upgrade $(PIP_FLAGS) .
+
+# What an administrator may have changed is not written over.
+install-service:
+	install -d $(DESTDIR)$(LIBDIR)/systemd/system $(DESTDIR)$(SYSCONFDIR)/pipeserve
+	for unit in pipeserve.service pipeserve.socket; do \
+		sed 's#/opt/pipeserve/#$(PREFIX)/#; s#/etc/pipeserve/#$(SYSCONFDIR)/pipeserve/#' \
+			systemd/$$unit > $(DESTDIR)$(LIBDIR)/systemd/system/$$unit && \
+		chmod 644 $(DESTDIR)$(LIBDIR)/systemd/system/$$unit || exit 1; \
+	done
+	install -D -m 644 systemd/pipeserve.sysusers $(DESTDIR)$(LIBDIR)/sysusers.d/pipeserve.conf
+	install -D -m 644 systemd/pipeserve.tmpfiles $(DESTDIR)$(LIBDIR)/tmpfiles.d/pipeserve.conf
+	install -D -m 644 -t $(DESTDIR)$(DATADIR)/pipeserve/monitoring systemd/monitoring/*
+	test -e $(DESTDIR)$(SYSCONFDIR)/pipeserve/config.toml || install -m 640 \
+		config.example.toml $(DESTDIR)$(SYSCONFDIR)/pipeserve/config.toml
+	test -e $(DESTDIR)$(SYSCONFDIR)/pipeserve/pipeserve.env || install -m 640 \
+		systemd/pipeserve.env $(DESTDIR)$(SYSCONFDIR)/pipeserve/pipeserve.env
 
 clean: ## delete the virtual environment and the tools' caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

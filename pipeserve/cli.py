@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import sys
 import typing
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from pipeserve import __version__
 from pipeserve.config import Config, load_config
 from pipeserve.errors import PipeserveError
+from pipeserve.kernels.tuned_files import own_folder
 from pipeserve.log import configure_logging
 from pipeserve.toolchain import keep_kernels_in
 
@@ -47,6 +49,31 @@ examples:
   pipeserve bench engine --shape llama-8b --devices cuda:0,cuda:1 --clients 512 --json
   pipeserve bench engine --model demo --devices cpu,cpu --batch 1,8"""
 
+BENCH_SCHEDULE_EPILOG = """\
+The costs are microseconds of the whole model, which --split cuts into stages: per step, per row
+that samples, per prefill token, per KV position that a row reads and, if given, per prefill token
+and position that it attends to. Those of an 8B Llama on an H200 are the default. Lengths are a
+number (512), some of equal chance (64,2048) or a range (64-8192, log-uniform). A trace file has one
+JSON object per line: arrival_s, prompt_tokens, output_tokens and, if wanted, key and priority.
+
+examples:
+  pipeserve bench schedule --clients 128
+  pipeserve bench schedule --clients 256 --split 1,1,1,1 --prompt 64-8192 --timeline stages.svg
+  pipeserve bench schedule --poisson 40 --requests 2000 --split 3,2
+  pipeserve bench engine --model demo --devices cpu,cpu --clients 4 --record one.jsonl
+  pipeserve bench engine --model demo --devices cpu,cpu --clients 12 --record other.jsonl
+  pipeserve bench schedule --fit one.jsonl --replay other.jsonl"""
+
+BENCH_KERNELS_EPILOG = """\
+Kernels: products, decode, prefill, norms, rotary, swiglu, sampling. Models: llama-8b, llama-70b,
+qwen3-30b-a3b. --tune takes minutes and writes CACHE_DIR/tuned/CARD.json, which goes before the
+choices that come with pipeserve.
+
+examples:
+  pipeserve bench kernels
+  pipeserve bench kernels --only products,decode --model-shape llama-8b --json
+  pipeserve bench kernels --tune --model-shape llama-70b"""
+
 PLAN_EPILOG = """\
 Options are as for serve. Nothing is loaded but a few layers, whose times are measured once for
 every kind of device and kept.
@@ -66,13 +93,19 @@ BENCH_OPTIONS = (
     "requests",
     "profile",
     "timeline",
+    "record",
     "json",
+    *("poisson", "bursts", "trace", "replay", "fit", "costs", "split", "policies", "seed"),
+    *("kv_tokens", "only", "model_shape", "tune"),
 )
 
 HTTP_OPTIONS = frozenset(
     {
         *("served_model_name", "max_queued_requests", "max_body_bytes", "text_timeout_s"),
         *("processes", "host", "port", "drain_timeout_s", "log_level", "log_format"),
+        *("max_queued_tokens", "request_timeout_s"),
+        *("api_keys_file", "max_connections", "client_timeout_s", "idle_unload_s"),
+        "otlp_endpoint",
         *("layout", "replicas", "stages"),
     }
 )
@@ -118,7 +151,10 @@ def build_parser() -> argparse.ArgumentParser:
     pull.add_argument("--cache-dir", dest="cache_dir", default=argparse.SUPPRESS, metavar="FOLDER")
     _add_plan(commands)
     bench = commands.add_parser("bench", help="measure this machine", description="Benchmarks.")
-    _add_bench_engine(bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True))
+    benchmarks = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
+    _add_bench_engine(benchmarks)
+    _add_bench_schedule(benchmarks)
+    _add_bench_kernels(benchmarks)
     return parser
 
 
@@ -195,10 +231,86 @@ def _add_bench_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentPa
         metavar="FILE",
         help="draw which stage worked on which micro-batch in the last run, as SVG",
     )
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="append every step, arrival and token of the runs to it, for bench schedule",
+    )
     add("--json", action="store_true", help="print JSON instead of a table")
     _add_options(
         engine, [name for name in Config.model_fields if name not in {"model", *HTTP_OPTIONS}]
     )
+
+
+def _add_bench_schedule(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    schedule = benchmarks.add_parser(
+        "schedule",
+        help="the scheduler on simulated stages, in virtual time",
+        description="Send requests through the scheduler and stages of known costs; no model.",
+        epilog=BENCH_SCHEDULE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    schedule.set_defaults(run=run_bench_schedule)
+    add = schedule.add_argument
+    load = schedule.add_mutually_exclusive_group(required=True)
+    load.add_argument("--clients", type=_count, metavar="N", help="a closed loop of N clients")
+    load.add_argument("--poisson", type=float, metavar="RATE", help="so many arrivals per second")
+    load.add_argument("--bursts", metavar="N/S", help="N arrivals at once every S seconds")
+    load.add_argument("--trace", type=Path, metavar="FILE", help="requests from a file")
+    load.add_argument("--replay", type=Path, metavar="FILE", help="recorded runs, to compare with")
+    add("--requests", type=_count, metavar="N", help="Default: 4 for each client, or 1000.")
+    add("--prompt", default="512", metavar="LENGTHS", help="prompt tokens. Default: 512.")
+    add("--output", default="128", metavar="LENGTHS", help="output tokens. Default: 128.")
+    add("--seed", type=int, default=0, metavar="N", help="of lengths and arrivals. Default: 0.")
+    costs = schedule.add_mutually_exclusive_group()
+    costs.add_argument("--fit", type=Path, metavar="FILE", help="take costs from recorded runs")
+    costs.add_argument("--costs", metavar="LIST", help="of the whole model. Default: 8B on an H200")
+    add("--split", type=_counts, metavar="LIST", help="the stages' shares of it. Default: 1,1.")
+    add("--policies", default="ours,plain", metavar="LIST", help="Default: ours,plain.")
+    add("--max-num-seqs", type=_count, metavar="N", help="Default: 256, or as recorded.")
+    add("--max-num-batched-tokens", type=_count, metavar="N", help="Default: 2048, or as recorded.")
+    add("--kv-tokens", type=_count, metavar="N", help="Default: 262144, or as recorded.")
+    add("--num-look-ahead", type=int, choices=(0, 1), help="Default: 1, or as recorded.")
+    add(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="draw which stage worked on which micro-batch under the first policy, as SVG",
+    )
+    add("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _add_bench_kernels(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kernels = benchmarks.add_parser(
+        "kernels",
+        help="every GPU kernel against the card's limits",
+        description="Time every GPU kernel in the sizes of real models, as shares of what the "
+        "card's measured copy speed or matrix rate allow.",
+        epilog=BENCH_KERNELS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kernels.set_defaults(run=run_bench_kernels)
+    add = kernels.add_argument
+    add("--only", type=_names, default=(), metavar="LIST", help="these kernels. Default: all.")
+    add(
+        "--model-shape",
+        type=_names,
+        default=(),
+        metavar="LIST",
+        help="the sizes of these models. Default: all.",
+    )
+    add(
+        "--tune",
+        action="store_true",
+        help="try every way to multiply instead, and keep the fastest for this card",
+    )
+    add("--json", action="store_true", help="print JSON instead of tables")
+    _add_options(kernels, ["cache_dir"])
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def _count(text: str) -> int:
@@ -237,11 +349,12 @@ def _metavar(name: str, annotation: object) -> str:
 def run_serve(parsed: argparse.Namespace) -> int:
     """The command `serve`."""
     options = {name: value for name, value in vars(parsed).items() if name in Config.model_fields}
-    config = load_config(overrides=options, config_file=parsed.config)
+    read_options = functools.partial(load_config, overrides=options, config_file=parsed.config)
+    config = read_options()
     configure_logging(level=config.log_level, log_format=config.log_format)
     from pipeserve import daemon  # loads the server, which no other command needs
 
-    return daemon.serve(config)
+    return daemon.serve(config, read_options)
 
 
 def run_pull(parsed: argparse.Namespace) -> int:
@@ -297,9 +410,47 @@ def run_bench_engine(parsed: argparse.Namespace) -> int:
         options["model"] = str(provide_model(parsed.shape, shape, parsed.recipe, folder=folder))
     config = load_config(overrides=options, config_file=parsed.config)
     result = engine.measure(
-        config, workload, on_run=lambda run: print(report.progress_line(run), file=sys.stderr)
+        config,
+        workload,
+        on_run=lambda run: print(report.progress_line(run), file=sys.stderr),
+        record=parsed.record,
     )
     print(report.as_json(result) if parsed.json else report.as_table(result))
     if parsed.timeline is not None:
         parsed.timeline.write_text(report.as_svg(result))
     return 0
+
+
+def run_bench_schedule(parsed: argparse.Namespace) -> int:
+    """The command `bench schedule`."""
+    from pipeserve.bench import schedule, schedule_report
+
+    result = schedule.run(
+        schedule.Options(
+            **{
+                field.name: getattr(parsed, field.name)
+                for field in dataclasses.fields(schedule.Options)
+            }
+        )
+    )
+    print(schedule_report.as_json(result) if parsed.json else schedule_report.as_text(result))
+    if parsed.timeline is not None:
+        parsed.timeline.write_text(schedule_report.as_svg(result.simulated[0]))
+    return 0
+
+
+def run_bench_kernels(parsed: argparse.Namespace) -> int:
+    """The command `bench kernels`."""
+    options = {name: value for name, value in vars(parsed).items() if name == "cache_dir"}
+    config = load_config(overrides=options, config_file=parsed.config)
+    configure_logging(level="warning", log_format="auto")
+    keep_kernels_in(config.cache_dir)
+    from pipeserve.bench import kernels  # loads torch
+
+    return kernels.run(
+        only=parsed.only,
+        model_shapes=parsed.model_shape,
+        tuned_folder=own_folder(config.cache_dir),
+        wants_json=parsed.json,
+        wants_tuning=parsed.tune,
+    )

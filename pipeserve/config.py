@@ -58,8 +58,8 @@ class Config(BaseSettings):
     """Pipeline stages of each replica; left out, what layout and replicas say. Replicas times stages is the number of devices."""
     layer_split: Annotated[tuple[int, ...] | None, NoDecode] = None
     """Layers per stage, in the order of devices; left out, layers are timed on every kind of device and cut so that the slowest stage is as fast as possible within the memory."""
-    weights: Literal["quantised", "bf16", "fp8"] = "quantised"
-    """How GPUs hold matrices: quantised keeps the file's types and sizes; bf16 takes 2 bytes per weight, fp8 one (e4m3 with a scale per row, activations likewise per token) except where that costs most: embedding, output head, first three layers, last layer, query, key and value rows stay bf16. Both multiply large batches faster. CPU stages always compute in float32."""
+    weights: Literal["quantised", "both", "bf16", "fp8"] = "quantised"
+    """How GPUs hold matrices: quantised keeps the file's types and sizes; both holds them dequantised as well, 2 more bytes per weight, and multiplies large batches by those; bf16 takes 2 bytes per weight, fp8 one (e4m3 with a scale per row, activations likewise per token) except where that costs most: embedding, output head, first three layers, last layer, query, key and value rows stay bf16. All three multiply large batches faster. CPU stages always compute in float32."""
     activations: Literal["auto", "f16", "int8"] = "auto"
     """What GPUs multiply quantised weights by: f16, or int8 with a scale per 32, whatever the batch; auto takes int8 for few rows and f16 for more, whichever is faster."""
     threads_per_stage: Annotated[int, Field(ge=1)] = 1
@@ -77,19 +77,37 @@ class Config(BaseSettings):
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     """Type of cached keys and values: auto is that of the activations; int8, with a scale per token and head, holds about twice the tokens of float16."""
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Most sequences that run at once in a replica; left out, 256 where all stages are on GPUs, else 64."""
+    """Most sequences that run at once in a replica; left out, 256 for each GPU where all stages are on GPUs, else 64."""
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens in one micro-batch, longer prompts are computed in chunks; left out, 2048 where all stages are on GPUs, else 256."""
+    """Most tokens in one micro-batch, longer prompts are computed in chunks; left out, 2048 where all stages are on GPUs (4096 on cards of 64 GiB and more), else 256."""
     num_look_ahead: Annotated[int, Field(ge=0, le=1)] = 1
     """Decode steps that are queued before the previous step's tokens are known."""
     processes: Literal["auto", "one", "two"] = "auto"
-    """Processes of the daemon: two give scheduler and stages one of their own, beside that for HTTP and text, which starts it again when it dies; auto is two where a stage is on a GPU."""
+    """Processes of the daemon: two give scheduler and stages one of their own, beside that for HTTP and text, which starts it again when it dies; auto is two where a stage is on a GPU or idle_unload_s is set."""
     hand_off: Literal["auto", "peer", "staged"] = "auto"
     """How stages on different GPUs hand over: peer copies from card to card, staged goes through the host's memory; auto tries whether peer copies arrive intact and stages where they do not."""
     max_queued_requests: Annotated[int, Field(ge=0)] = 256
     """Sequences that may wait for a place before further requests get status 429."""
+    max_queued_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Prompt tokens that may wait for their first answer token before further requests get status 429; left out, any number."""
+    request_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """How long one answer may take, waiting included; a request's own timeout can only shorten it. Left out, for ever."""
+    prefix_cache: bool = True
+    """Whether a prompt reads the KV blocks of others that begin with the same tokens."""
+    mix_prefill: Literal["auto", "on", "off"] = "auto"
+    """Whether prompt chunks are computed in the same micro-batch as decode rows; auto is on."""
+    max_wait_s: Annotated[float, Field(gt=0)] = 30.0
+    """Once in so many seconds the request that has waited longest goes first, whatever its priority and key."""
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(8 * 1024**2)
     """Largest request body."""
+    api_keys_file: Path | None = None
+    """File with the API keys that clients may use, one `label key` a line, read again on SIGHUP; left out, everybody is let in."""
+    max_connections: Annotated[int, Field(ge=1)] = 8192
+    """Most HTTP connections at once; further ones are closed."""
+    client_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """How long a client may take to send a request's head, to send its body, and to read what fills the buffers of its connection."""
+    strict_fields: bool = False
+    """Refuse requests with fields that are not known; left off, such fields are ignored."""
     text_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """How long parsing, templating and tokenising one request may take."""
     host: str = "127.0.0.1"
@@ -100,6 +118,10 @@ class Config(BaseSettings):
     """A stage that makes no progress for this long is taken for stuck: the engine process is started again, or with one process the daemon ends."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """How long running requests may take to finish after SIGTERM."""
+    idle_unload_s: Annotated[float, Field(gt=0)] | None = None
+    """After this long without a request the model leaves the devices, and the next request loads it again; left out, it stays."""
+    otlp_endpoint: str | None = None
+    """Where OpenTelemetry traces of requests are sent by HTTP, such as http://localhost:4318/v1/traces; needs the optional dependencies `tracing`. Left out, none are made."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log lines to write."""
     log_format: Literal["auto", "console", "json"] = "auto"
@@ -128,11 +150,16 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.weights != "quantised" and self.activations != "auto":
+        if self.weights in ("bf16", "fp8") and self.activations != "auto":
             raise ValueError(
                 f"activations is {self.activations!r} and weights {self.weights!r}, which knows no "
                 "other activations than its own; leave activations out, or set weights = "
                 "'quantised'"
+            )
+        if self.idle_unload_s is not None and self.processes == "one":
+            raise ValueError(
+                "idle_unload_s is set and processes is 'one', but only a process of its own gives "
+                "all memory back when it ends; leave processes out, or set 'two'"
             )
         if self.devices != ("auto",):
             num_replicas = self.count_replicas(len(self.devices)) or 1

@@ -7,36 +7,42 @@ beside it, brings its own.
 from __future__ import annotations
 
 import asyncio
+import enum
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from typing import Any, TypeVar
 
 import structlog
 import uvloop
-from aiohttp import web
 
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
-from pipeserve.core.loading import LoadEvent, LoadNotice, LoadReport, OnProgress
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.client import EngineClient
 from pipeserve.engine.messages import Load, SurveyLayouts
 from pipeserve.engine_host import LayoutSurveyor, may_have_several_gpus, takes_two_processes
-from pipeserve.errors import ConfigError, EngineError, PipeserveError
+from pipeserve.errors import PipeserveError
 from pipeserve.layout import choose_layout, needs_survey
-from pipeserve.notify import ServiceNotifier
-from pipeserve.progress import ProgressBars
+from pipeserve.notify import ServiceNotifier, take_inherited_sockets
+from pipeserve.ports import Ports
+from pipeserve.progress import report_progress
+from pipeserve.reload import Reloader
 from pipeserve.replicated_engine import ReplicatedEngine
 from pipeserve.restarts import Restarts
 from pipeserve.served_model import ServedModel, fetch_model
+from pipeserve.server.api_keys import ApiKeys
 from pipeserve.server.app import build_app, make_runner
+from pipeserve.server.options import LiveOptions
 from pipeserve.server.state import AppState, Services
+from pipeserve.server.text_pool import TextPool
+from pipeserve.server.tracing import RequestTracer
+from pipeserve.signals import Signals
+from pipeserve.watchdog import Watchdog
 
 log = structlog.get_logger()
 
@@ -50,17 +56,24 @@ FAREWELL_S = 2.0
 """How long requests have to receive their errors after the engine died."""
 
 
-def serve(config: Config) -> int:
+class _End(enum.Enum):
+    """Why an engine ended that did not fail."""
+
+    STOPPED = enum.auto()
+    UNUSED = enum.auto()
+
+
+def serve(config: Config, read_options: Callable[[], Config]) -> int:
     """Serve until a signal or a failure; returns the exit status.
 
     A thread that will not end (a stage blocked in a kernel, a download) ends with the process,
-    which then ends at once, here.
+    which then ends at once, here. read_options reads the configuration again, on SIGHUP.
 
     Raises:
         PipeserveError: the daemon could not start.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        exit_status = runner.run(Daemon(config).run())
+        exit_status = runner.run(Daemon(config, read_options).run())
     deadline_s = time.monotonic() + STOP_TIMEOUT_S
     for thread in threading.enumerate():
         if thread is not threading.main_thread():
@@ -72,104 +85,80 @@ def serve(config: Config) -> int:
     return exit_status
 
 
-def _progress_reporter(notifier: ServiceNotifier) -> OnProgress:
-    """Tells log and service manager of every tenth of a stage's weights that was read; on a
-    terminal bars take the place of the log lines."""
-    bars = ProgressBars()
-    told: dict[int, int] = {}
-
-    def report(event: LoadEvent) -> None:
-        if isinstance(event, LoadNotice):
-            log.warning("loading", notice=event.text)
-            return
-        if isinstance(event, LoadReport):
-            log.info("loading", report=event.text)
-            return
-        bars.update(event)
-        if told.get(event.stage) == event.percent // 10:
-            return
-        told[event.stage] = event.percent // 10
-        stage = f"{event.stage + 1} of {event.num_stages}"
-        notifier.status(f"loading stage {stage}, {event.percent} %")
-        if not bars.is_shown:
-            log.info("loading weights", stage=stage, percent=event.percent)
-
-    return report
-
-
-class StopSignals:
-    """SIGTERM and SIGINT: the first asks for an orderly stop, the second for an immediate one."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.asked_again = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._note)
-
-    def _note(self) -> None:
-        (self.asked_again if self.asked.is_set() else self.asked).set()
-
-
 class Daemon:
     """One run of the daemon, from the open port to the exit status."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, read_options: Callable[[], Config]) -> None:
+        """Raises ConfigError where the API keys cannot be read, or traces not be made."""
+        self._read_options = read_options
+        self._options = LiveOptions(config, ApiKeys.read(config.api_keys_file))
         self._notifier = ServiceNotifier()
+        endpoint = config.otlp_endpoint
+        self._tracer = None if endpoint is None else RequestTracer.exporting_to(endpoint)
         self._restarts = Restarts()
         self._ready_s: float | None = None
         """When the present engine began to take requests; None while it does not."""
+
+    @property
+    def _config(self) -> Config:
+        return self._options.config
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a stop that was asked for, 1 after a failure."""
         started_s = time.monotonic()
         self._state = AppState()
-        self._stop = StopSignals()
-        watchdog = asyncio.create_task(self._feed_watchdog())
-        text_executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._signals = Signals()
+        stage_timeout_s = self._config.stage_timeout_s
+        watchdog = Watchdog(self._notifier, self._state, stage_timeout_s=stage_timeout_s)
+        reloader = Reloader(self._options, self._read_options, self._state, self._notifier)
+        reloads = reloader.run(self._signals.asked_to_reload)
+        beside = [asyncio.create_task(each) for each in (watchdog.run(), reloads)]
+        for task in beside:
+            task.add_done_callback(_log_crash)
         try:
-            async with self._listening():
-                model = await self._unless_stopped(fetch_model, self._config)
-                orders = await self._lay_out(model) if model is not None else None
-                if model is None or orders is None:
-                    return 0
-                return await self._serve_model(model, orders, text_executor, started_s)
+            with closing(TextPool(TEXT_THREADS)) as text_pool:
+                async with self._listening():
+                    return await self._fetch_and_serve(text_pool, started_s)
         finally:
-            watchdog.cancel()
-            text_executor.shutdown(wait=False, cancel_futures=True)
+            for task in beside:
+                task.cancel()
             log.info("stopped")
+
+    async def _fetch_and_serve(self, text_pool: TextPool, started_s: float) -> int:
+        async with self._notifier.extending_timeout():
+            self._notifier.status(f"fetching {self._config.model}")
+            model = await self._unless_stopped(fetch_model, self._config)
+            orders = await self._lay_out(model) if model is not None else None
+        if model is None or orders is None:
+            return 0
+        return await self._serve_model(model, orders, text_pool, started_s)
 
     @asynccontextmanager
     async def _listening(self) -> AsyncIterator[None]:
         """The HTTP port is open, and /health answers, while the context is."""
-        config = self._config
-        runner = make_runner(build_app(self._state, config), shutdown_timeout_s=FAREWELL_S)
+        app = build_app(self._state, self._options, self._tracer)
+        runner = make_runner(app, self._options, shutdown_timeout_s=FAREWELL_S)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, config.host, config.port, backlog=1024)
-            try:
-                await site.start()
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
-                    "change host or port"
-                ) from None
-            host, port = runner.addresses[0][:2]
-            log.info("listening", url=f"http://{host}:{port}/v1")
+            self._ports = Ports(runner, take_inherited_sockets())
+            await self._ports.open_own(self._config.host, self._config.port)
             yield
         finally:
             await runner.cleanup()
+            if self._tracer is not None:
+                await _first(asyncio.to_thread(self._tracer.close), asyncio.sleep(FAREWELL_S))
 
     async def _unless_stopped(self, function: Callable[..., T], *arguments: object) -> T | None:
         """Run it on a thread of its own; None if a stop is asked for before it returns."""
         loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         work = asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
         loader.shutdown(wait=False)
-        await _first(work, self._stop.asked.wait())
+        await _first(work, self._signals.asked_to_stop.wait())
         if work.done():
             return work.result()
         log.info("stopped while loading")
+        self._state.drain()
+        self._notifier.stopping("stopped while loading", within_s=2 * STOP_TIMEOUT_S)
         work.add_done_callback(lambda late: late.cancelled() or late.exception())
         return None
 
@@ -202,7 +191,7 @@ class Daemon:
         self,
         model: ServedModel,
         orders: Sequence[Load],
-        text_executor: ThreadPoolExecutor,
+        text_pool: TextPool,
         started_s: float,
     ) -> int:
         """One engine after another, until a stop or a failure that ends the daemon.
@@ -212,25 +201,41 @@ class Daemon:
         """
         while True:
             self._ready_s = None
-            failure: PipeserveError | None
             try:
-                failure = await self._run_engine(model, orders, text_executor, started_s)
+                end = await self._run_engine(model, orders, text_pool, started_s)
             except PipeserveError as error:
                 if self._state.services is None:
                     raise
-                failure = error
-            if failure is None:
+                end = error
+            if isinstance(end, PipeserveError):
+                log.error("engine failed", error=str(end))
+                may_go_on = await self._may_restart(end)
+                if not may_go_on:
+                    return await self._fail(end)
+            elif end is _End.STOPPED or not await self._until_wanted():
                 return 0
-            log.error("engine failed", error=str(failure))
-            if not await self._may_restart(failure):
-                self._notifier.stopping(f"failed: {failure}")
-                await _first(self._state.wait_idle(), asyncio.sleep(FAREWELL_S))
-                return 1
             started_s = time.monotonic()
+
+    async def _fail(self, failure: PipeserveError) -> int:
+        """Let requests hear of it; returns the exit status."""
+        self._state.fail(str(failure))
+        self._notifier.stopping(f"failed: {failure}", within_s=FAREWELL_S + 2 * STOP_TIMEOUT_S)
+        await _first(self._state.wait_idle(), asyncio.sleep(FAREWELL_S))
+        return 1
+
+    async def _until_wanted(self) -> bool:
+        """Without a model until a request wants it; False if a stop is asked for before."""
+        self._notifier.status("idle, the model is unloaded; the next request loads it")
+        await _first(self._signals.asked_to_stop.wait(), self._state.wait_wanted())
+        if self._signals.asked_to_stop.is_set():
+            self._state.drain()
+            return False
+        log.info("a request wants the model")
+        return True
 
     async def _may_restart(self, failure: PipeserveError) -> bool:
         """Wait until it is time to start the engine again; False if it should not be."""
-        if self._stop.asked.is_set() or not takes_two_processes(self._config):
+        if self._signals.asked_to_stop.is_set() or not takes_two_processes(self._config):
             return False
         served_s = 0.0 if self._ready_s is None else time.monotonic() - self._ready_s
         delay_s = self._restarts.note_failure(served_s=served_s)
@@ -240,18 +245,17 @@ class Daemon:
         self._state.restart(f"the engine is started again after a failure: {failure}")
         self._notifier.status(f"restarting the engine: {failure}")
         log.warning("engine restarts", delay_s=delay_s)
-        await _first(self._stop.asked.wait(), asyncio.sleep(delay_s))
-        return not self._stop.asked.is_set()
+        await _first(self._signals.asked_to_stop.wait(), asyncio.sleep(delay_s))
+        return not self._signals.asked_to_stop.is_set()
 
     async def _run_engine(
         self,
         model: ServedModel,
         orders: Sequence[Load],
-        text_executor: ThreadPoolExecutor,
+        text_pool: TextPool,
         started_s: float,
-    ) -> EngineError | None:
-        """All replicas from their load to the last one's end; returns why that failed, None after
-        a stop.
+    ) -> PipeserveError | _End:
+        """All replicas from their load to the last one's end; returns why that came.
 
         Raises:
             PipeserveError: it did not come to take requests.
@@ -259,23 +263,25 @@ class Daemon:
         log.info("loading", path=str(model.path))
         engine = ReplicatedEngine(orders)
         try:
-            report = _progress_reporter(self._notifier)
-            facts = await self._unless_stopped(engine.load, report)
+            report = report_progress(self._notifier.status)
+            async with self._notifier.extending_timeout():
+                facts = await self._unless_stopped(engine.load, report)
             if facts is None:
-                return None
+                return _End.STOPPED
             async with self._connected(engine, facts) as client:
-                await asyncio.gather(*(_warm_up(client) for _ in orders))
+                async with self._notifier.extending_timeout():  # kernels may be compiled
+                    await asyncio.gather(*(_warm_up(client) for _ in orders))
                 self._state.ready(
                     Services(
                         engine=client,
                         tokenizer=model.tokenizer,
                         chat_template=model.chat_template,
                         card=model.card,
-                        text_executor=text_executor,
+                        text_pool=text_pool,
                     )
                 )
-                self._announce(model.card.name, facts, len(orders), started_s)
-                return await self._until_stopped(client)
+                await self._announce(model.card.name, facts, len(orders), started_s)
+                return await self._until_end(client)
         finally:
             await asyncio.to_thread(engine.close, STOP_TIMEOUT_S)
 
@@ -285,7 +291,10 @@ class Daemon:
     ) -> AsyncIterator[EngineClient]:
         """A loaded engine takes requests while the context is open."""
         client = EngineClient(
-            facts=facts, post=engine.post, max_queued_requests=self._config.max_queued_requests
+            facts=facts,
+            post=engine.post,
+            max_queued_requests=self._config.max_queued_requests,
+            max_queued_tokens=self._config.max_queued_tokens,
         )
         engine.start(client.deliver)
         try:
@@ -294,10 +303,11 @@ class Daemon:
             engine.stop_watching()
             client.shut_down()
 
-    def _announce(
+    async def _announce(
         self, model_name: str, facts: PipelineFacts, num_replicas: int, started_s: float
     ) -> None:
         self._ready_s = time.monotonic()
+        await self._ports.take_inherited()
         log.info(
             "ready",
             model=model_name,
@@ -309,32 +319,58 @@ class Daemon:
         )
         self._notifier.ready(f"serving {model_name}")
 
-    async def _until_stopped(self, client: EngineClient) -> EngineError | None:
-        """Returns why the engine failed, None after a stop that was asked for."""
-        await _first(self._stop.asked.wait(), client.wait_failed())
-        if client.failure is None:
-            await self._drain(client)
-        return client.failure
+    async def _until_end(self, client: EngineClient) -> PipeserveError | _End:
+        """Returns why the engine is to end or failed."""
+        while True:
+            await _first(
+                self._signals.asked_to_stop.wait(), client.wait_failed(), self._wait_unused()
+            )
+            if client.failure is not None:
+                return client.failure
+            if self._signals.asked_to_stop.is_set():
+                return await self._drain(client) or _End.STOPPED
+            if self._is_unused():
+                log.info("unloading", idle_unload_s=self._config.idle_unload_s)
+                self._state.unload()
+                return _End.UNUSED
 
-    async def _drain(self, client: EngineClient) -> None:
-        """Refuse new requests; wait for those in progress, within limits."""
+    async def _wait_unused(self) -> None:
+        patience_s = self._config.idle_unload_s
+        if patience_s is None:
+            await asyncio.Event().wait()  # for ever
+        else:
+            await self._state.wait_unused(patience_s)
+
+    def _is_unused(self) -> bool:
+        """A request may have come since the wait ended."""
+        patience_s = self._config.idle_unload_s
+        return patience_s is not None and self._state.unused_s >= patience_s
+
+    async def _drain(self, client: EngineClient) -> PipeserveError | None:
+        """Refuse new requests; wait for those in progress, within limits. Returns why the engine
+        failed meanwhile, if it did."""
         self._state.drain()
-        self._notifier.stopping(f"draining {self._state.num_requests} requests")
+        await self._ports.leave_inherited()
+        timeout_s = self._config.drain_timeout_s
+        self._notifier.stopping(
+            f"draining {self._state.num_requests} requests",
+            within_s=timeout_s + FAREWELL_S + 2 * STOP_TIMEOUT_S,
+        )
         log.info("draining", requests=self._state.num_requests)
         await _first(
             self._state.wait_idle(),
-            asyncio.sleep(self._config.drain_timeout_s),
-            self._stop.asked_again.wait(),
+            asyncio.sleep(timeout_s),
+            self._signals.asked_to_stop_now.wait(),
             client.wait_failed(),
         )
         if self._state.num_requests:
             log.warning("requests cut off", requests=self._state.num_requests)
+        return client.failure
 
-    async def _feed_watchdog(self) -> None:
-        interval_s = self._notifier.watchdog_interval_s
-        while interval_s is not None:
-            self._notifier.feed_watchdog()
-            await asyncio.sleep(interval_s)
+
+def _log_crash(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("watchdog or reload is gone", exc_info=error)
 
 
 async def _warm_up(client: EngineClient) -> None:

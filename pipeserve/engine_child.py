@@ -42,7 +42,7 @@ def main() -> None:
     """`python -m pipeserve.engine_child FD`, FD being this process's end of the connection."""
     # Ctrl-C in a terminal goes to every process; this one is ended by the one that started it,
     # which blocked these signals for the time until here.
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in signals:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)

@@ -15,6 +15,7 @@ from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import OnProgress
 from pipeserve.engine.engine import Engine, Inbox
 from pipeserve.engine.messages import EngineMessage, Load, SurveyLayouts
+from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.layout import is_open
 from pipeserve.runtime.devices import resolve_devices
@@ -63,6 +64,7 @@ class EngineHalf:
             inbox=self._inbox,
             post=deliver,
             stage_timeout_s=self._config.stage_timeout_s,
+            policy=AdmissionPolicy.from_config(self._config),
         )
         self._engine.start()
 

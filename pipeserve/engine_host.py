@@ -122,6 +122,8 @@ def takes_two_processes(
     """
     if config.processes != "auto":
         return config.processes == "two"
+    if config.idle_unload_s is not None:
+        return True  # only a process that ends gives all of a device's memory back
     if config.devices != ("auto",):
         return any(device != "cpu" for device in config.devices)
     return may_have_gpus(gpu_nodes=gpu_nodes, environ=environ)

@@ -175,7 +175,7 @@ def child_command() -> list[str]:
 
 def _spawn(command: Sequence[str], fd: int) -> subprocess.Popen[bytes]:
     """Start it with the stop signals blocked, until it has said that it ignores them."""
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         return subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL)

@@ -14,11 +14,13 @@ PipeserveError
 │   ├── InvalidParameterError    one field has a wrong value
 │   ├── PromptTooLongError       prompt and output do not fit the context
 │   ├── UnknownModelError        the request names a model that is not served
+│   ├── UnauthorizedError        no API key, or one that is not known (401)
 │   ├── ChatTemplateError        the model's chat template refused the messages
 │   └── QueueFullError           too many requests wait (429); says when to come back
 └── EngineError                  serving itself failed (HTTP 5xx)
     ├── NotReadyError            loading, restarting or draining (503)
     ├── TextTimeoutError         parsing, templating or tokenising took too long (503)
+    ├── RequestTimeoutError      the answer took longer than the request allows (504)
     ├── StageFailedError         a stage thread raised, or the engine process died
     └── StageStalledError        a stage or the engine made no progress for stage_timeout_s
 """
@@ -90,6 +92,10 @@ class UnknownModelError(RequestError):
     """The request names a model that is not served here."""
 
 
+class UnauthorizedError(RequestError):
+    """The request brings no API key, or one that is not known here."""
+
+
 class ChatTemplateError(RequestError):
     """The model's chat template refused the messages or is broken."""
 
@@ -115,6 +121,10 @@ class NotReadyError(EngineError):
 
 class TextTimeoutError(EngineError):
     """Parsing, templating and tokenising a request took longer than text_timeout_s."""
+
+
+class RequestTimeoutError(EngineError):
+    """The answer was not complete within the request's timeout or request_timeout_s."""
 
 
 class StageFailedError(EngineError):

@@ -1,12 +1,44 @@
-"""Shows on a terminal how far each stage has loaded: a bar per stage. One caller at a time."""
+"""Says how far each stage has loaded: in the log, to the service manager, on a terminal as bars.
+
+One caller at a time.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+import structlog
 from tqdm import tqdm
 
-from pipeserve.core.loading import StageProgress
+from pipeserve.core.loading import LoadEvent, LoadNotice, LoadReport, OnProgress, StageProgress
+
+log = structlog.get_logger()
+
+
+def report_progress(tell: Callable[[str], None]) -> OnProgress:
+    """Logs and tells of every tenth of a stage's weights that was read; on a terminal bars take
+    the place of the log lines."""
+    bars = ProgressBars()
+    told: dict[int, int] = {}
+
+    def report(event: LoadEvent) -> None:
+        if isinstance(event, LoadNotice):
+            log.warning("loading", notice=event.text)
+            return
+        if isinstance(event, LoadReport):
+            log.info("loading", report=event.text)
+            return
+        bars.update(event)
+        if told.get(event.stage) == event.percent // 10:
+            return
+        told[event.stage] = event.percent // 10
+        stage = f"{event.stage + 1} of {event.num_stages}"
+        tell(f"loading stage {stage}, {event.percent} %")
+        if not bars.is_shown:
+            log.info("loading weights", stage=stage, percent=event.percent)
+
+    return report
 
 
 class ProgressBars:

@@ -128,7 +128,9 @@ class ReplicatedEngine:
     def start(self, deliver: Callable[[RouterMessage], None]) -> None:
         """After `load`: take messages. `deliver` is called on the event loop."""
         members = [self._begin(replica) for replica in self._replicas]
-        self._router = ReplicaRouter(members, deliver=deliver)
+        self._router = ReplicaRouter(
+            members, deliver=deliver, max_wait_s=self._replicas[0].order.config.max_wait_s
+        )
         self._watches = [asyncio.create_task(self._watch(each)) for each in self._replicas]
         for watch in self._watches:
             watch.add_done_callback(_log_crash)

@@ -6,14 +6,19 @@ Loaded on a thread. Must not know stages, scheduling or torch.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from gguf.constants import LlamaFileType
 
 from pipeserve import __version__
 from pipeserve.config import Config
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.hub import resolve_model
+from pipeserve.server.model_facts import ModelFacts
 from pipeserve.server.state import ModelCard
 from pipeserve.text.chat_template import ChatTemplate
 from pipeserve.text.tokenizer import Tokenizer
@@ -42,12 +47,13 @@ def fetch_model(config: Config) -> ServedModel:
             path=path,
             tokenizer=tokenizer,
             chat_template=ChatTemplate.from_gguf(gguf_file, tokenizer),
-            card=_model_card(config, path),
+            card=_model_card(config, gguf_file),
         )
 
 
-def _model_card(config: Config, path: Path) -> ModelCard:
+def _model_card(config: Config, gguf_file: GGUFFile) -> ModelCard:
     """The name that clients use, and a fingerprint of what decides the answers."""
+    path = gguf_file.path
     is_name = path.suffix == ".gguf" and not config.model.endswith(".gguf")
     stem = path.stem.split("-00001-of-")[0]
     stat = path.stat()
@@ -56,4 +62,32 @@ def _model_card(config: Config, path: Path) -> ModelCard:
         name=config.served_model_name or (config.model if is_name else stem),
         created=int(time.time()),
         fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12],
+        facts=_model_facts(gguf_file),
     )
+
+
+def _model_facts(gguf_file: GGUFFile) -> ModelFacts:
+    architecture = gguf_file.metadata_str("general.architecture")
+    return ModelFacts(
+        architecture=architecture,
+        quantisation=_quantisation(gguf_file),
+        num_parameters=sum(math.prod(info.shape) for info in gguf_file.tensors.values()),
+        num_bytes=gguf_file.file_size,
+        trained_context=gguf_file.metadata_int(f"{architecture}.context_length", 0),
+    )
+
+
+def _quantisation(gguf_file: GGUFFile) -> str:
+    """By general.file_type; where that says nothing, the type of the most numbers."""
+    try:
+        name = LlamaFileType(
+            gguf_file.metadata_int("general.file_type", LlamaFileType.GUESSED)
+        ).name
+    except ValueError:
+        name = LlamaFileType.GUESSED.name
+    if name != LlamaFileType.GUESSED.name:
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    counts: Counter[str] = Counter()
+    for info in gguf_file.tensors.values():
+        counts[info.type.name] += math.prod(info.shape)
+    return counts.most_common(1)[0][0] if counts else "unknown"

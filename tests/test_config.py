@@ -55,7 +55,7 @@ def test_the_command_line_goes_before_the_environment_before_the_file(tmp_path: 
             r"layout is 'pipeline', .* ask for 2 replicas; leave layout out",
         ),
         ("layout = 'ring'", r"layout = 'ring': .*'auto', 'pipeline' or 'replicas'"),
-        ("weights = 'q4'", r"weights = 'q4': .*'quantised', 'bf16' or 'fp8'"),
+        ("weights = 'q4'", r"weights = 'q4': .*'quantised', 'both', 'bf16' or 'fp8'"),
         ("weights = 'fp8'\nactivations = 'int8'", r"activations is 'int8' and weights 'fp8'"),
         ("port = ", r"config.toml is not valid TOML"),
     ],

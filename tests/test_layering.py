@@ -20,12 +20,12 @@ ROOT = Path(pipeserve.__file__).parent
 
 BELOW_DAEMON = {
     "errors", "kernels", "config", "log", "notify", "core", "gguf", "hub", "text", "engine",
-    "models", "runtime", "server", "bench", "toolchain", "progress", "planning",
+    "models", "runtime", "server", "bench", "toolchain", "progress", "planning", "signals",
 }  # fmt: skip
 
 HALVES = {
     "engine_half", "engine_process", "engine_host", "restarts", "served_model", "layout",
-    "replicated_engine",
+    "replicated_engine", "ports", "reload", "watchdog",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -48,6 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"runtime", "models", "gguf", "hub", "config", "toolchain"},
     "toolchain": {"errors"},
     "restarts": set(),
+    "signals": set(),
+    "ports": {"errors"},
+    "reload": {"config", "errors", "log", "notify", "server"},
+    "watchdog": {"engine", "errors", "notify", "server"},
     "served_model": {"config", "gguf", "hub", "text", "server"},
     "layout": {"config", "core", "errors"},
     "engine_half": {"engine", "runtime", "gguf", "core", "config", "toolchain", "layout"},
@@ -66,6 +70,7 @@ EVENT_LOOP = frozenset({"asyncio", "aiohttp"})
 WALLS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("server", "engine", "config", "errors", "cli", "log", "notify", "hub"), TORCH),
     **dict.fromkeys(("daemon", "served_model", "engine_host", "replicated_engine"), TORCH),
+    **dict.fromkeys(("ports", "signals", "reload", "watchdog"), TORCH),
     **dict.fromkeys(
         ("engine_process", "engine_child", "toolchain", "restarts", "layout"), TORCH | EVENT_LOOP
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,8 +95,8 @@ def read_config(gguf_file: GGUFFile) -> ModelConfig:
         ffn_size=_per_layer(gguf_file, f"{arch}.feed_forward_length"),
         vocab_size=_vocab_size(gguf_file, embedding.shape[0] if embedding else None),
         context_length=_positive(gguf_file, f"{arch}.context_length"),
-        rms_eps=gguf_file.metadata_float(f"{arch}.attention.layer_norm_rms_epsilon"),
-        rope_theta=gguf_file.metadata_float(f"{arch}.rope.freq_base", 10000.0),
+        rms_eps=_above_0(gguf_file, f"{arch}.attention.layer_norm_rms_epsilon"),
+        rope_theta=_above_0(gguf_file, f"{arch}.rope.freq_base", 10000.0),
         rope_dim=_positive(gguf_file, f"{arch}.rope.dimension_count", head_dim),
         rope_scaling=_rope_scaling(gguf_file, arch),
         has_tied_head="output.weight" not in gguf_file.tensors,
@@ -141,26 +142,38 @@ def _positive(gguf_file: GGUFFile, key: str, default: int | None = None) -> int:
     return value
 
 
+def _above_0(gguf_file: GGUFFile, key: str, default: float | None = None) -> float:
+    value = gguf_file.metadata_float(key, default)
+    if not 0.0 < value < math.inf:  # NaN is neither
+        raise GGUFFormatError(
+            gguf_file.path, f"{key} is {value}; it must be a finite number above 0"
+        )
+    return value
+
+
 def _per_layer(gguf_file: GGUFFile, key: str, default: int | None = None) -> int:
     """A count that the file may also give layer by layer; only equal ones are built in."""
     value = gguf_file.metadata.get(key)
     if not isinstance(value, np.ndarray):
         return _positive(gguf_file, key, default)
-    counts = sorted({int(count) for count in value})
-    if len(counts) != 1:
+    if value.dtype.kind not in "iu" or value.size == 0:
+        raise GGUFFormatError(gguf_file.path, f"{key} has values that are not whole numbers")
+    if value.min() != value.max():
+        counts = np.unique(value)[:8].tolist()
         raise UnsupportedModelError(
             gguf_file.path, f"{key} differs between layers ({counts}); that is not built in"
         )
-    return counts[0]
+    count = int(value[0])
+    if count < 1:
+        raise GGUFFormatError(gguf_file.path, f"{key} is {count}; it must be at least 1")
+    return count
 
 
 def _rope_scaling(gguf_file: GGUFFile, arch: str) -> RopeScaling | None:
     prefix = f"{arch}.rope.scaling"
-    legacy_factor = gguf_file.metadata_float(f"{arch}.rope.scale_linear", 1.0)
-    factor = gguf_file.metadata_float(f"{prefix}.factor", legacy_factor)
+    legacy_factor = _above_0(gguf_file, f"{arch}.rope.scale_linear", 1.0)
+    factor = _above_0(gguf_file, f"{prefix}.factor", legacy_factor)
     kind = gguf_file.metadata_str(f"{prefix}.type", "none" if factor == 1.0 else "linear")
-    if factor <= 0.0:
-        raise GGUFFormatError(gguf_file.path, f"{prefix}.factor is {factor}; it must be above 0")
     if kind == "none":
         return None
     if kind == "linear":
@@ -169,9 +182,9 @@ def _rope_scaling(gguf_file: GGUFFile, arch: str) -> RopeScaling | None:
         return YarnScaling(
             factor=factor,
             original_context_length=_positive(gguf_file, f"{prefix}.original_context_length"),
-            beta_fast=gguf_file.metadata_float(f"{prefix}.yarn_beta_fast", 32.0),
-            beta_slow=gguf_file.metadata_float(f"{prefix}.yarn_beta_slow", 1.0),
-            attention_factor=gguf_file.metadata_float(f"{prefix}.yarn_attn_factor", 1.0),
+            beta_fast=_above_0(gguf_file, f"{prefix}.yarn_beta_fast", 32.0),
+            beta_slow=_above_0(gguf_file, f"{prefix}.yarn_beta_slow", 1.0),
+            attention_factor=_above_0(gguf_file, f"{prefix}.yarn_attn_factor", 1.0),
         )
     raise UnsupportedModelError(
         gguf_file.path, f"{prefix}.type is {kind}; built in are none, linear and yarn"

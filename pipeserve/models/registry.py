@@ -5,6 +5,7 @@ A new family is one file beside llama.py and one entry here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +22,8 @@ from pipeserve.models import llama
 from pipeserve.models.config import ModelConfig
 from pipeserve.models.layers import Decoder
 from pipeserve.models.loader import LayerRange, WeightReader
+
+_LAYER_TENSOR = re.compile(r"blk\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,7 @@ def check_model(gguf_file: GGUFFile) -> ModelConfig:
     """
     family = find_family(gguf_file)
     config = family.read_config(gguf_file)
+    _check_layers(gguf_file, config)
     _check_vocabulary(gguf_file)
     required = family.required_tensors(config)
     for name, shape in required.items():
@@ -83,6 +87,23 @@ def find_family(gguf_file: GGUFFile) -> Family:
             f"the architecture {architecture} is not built in; known: {', '.join(FAMILIES)}",
         )
     return family
+
+
+def _check_layers(gguf_file: GGUFFile, config: ModelConfig) -> None:
+    """Before names are made of the number: it may be absurd, or hide layers that are there."""
+    key, num_layers = f"{config.architecture}.block_count", config.num_layers
+    if num_layers > len(gguf_file.tensors):
+        raise GGUFFormatError(
+            gguf_file.path, f"{key} is {num_layers}, but there are no tensors of so many layers"
+        )
+    for name in gguf_file.tensors:
+        match = _LAYER_TENSOR.match(name)
+        if match is not None and int(match[1]) >= num_layers:
+            raise GGUFFormatError(
+                gguf_file.path,
+                f"{key} is {num_layers}, but the file has the tensor {name}, which would be left "
+                "out; convert the model again",
+            )
 
 
 def _check_vocabulary(gguf_file: GGUFFile) -> None:

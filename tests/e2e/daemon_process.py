@@ -20,15 +20,20 @@ START_TIMEOUT_S = 60.0
 
 FAULTY_DAEMON = Path(__file__).with_name("faulty_daemon.py")
 FAKE_ENGINE_DAEMON = Path(__file__).with_name("fake_engine_daemon.py")
+WITH_SOCKET = Path(__file__).with_name("with_socket.py")
 
 
 class DaemonProcess:
     """A running daemon: its address, its log lines as they come, its end."""
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], environ: Mapping[str, str], pass_fds: Sequence[int] = ()
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *command],
+            stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            pass_fds=pass_fds,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environ},
             text=True,
         )
@@ -85,10 +90,12 @@ def daemon(
     wait_ready: bool = True,
     command: Sequence[str] = ("-m", "pipeserve"),
     environ: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    port: int = 0,
 ) -> Iterator[DaemonProcess]:
     """A daemon on a free port; killed when the context is left, if it still runs."""
-    arguments = [*command, "serve", "--port", "0", "--devices", "cpu,cpu", *options]
-    running = DaemonProcess(arguments, environ or {})
+    arguments = [*command, "serve", "--port", str(port), "--devices", "cpu,cpu", *options]
+    running = DaemonProcess(arguments, environ or {}, pass_fds)
     try:
         running.wait_for("listening")
         if wait_ready:
