@@ -180,8 +180,10 @@ def measure_stage(parts: StageParts, facts: PipelineFacts) -> StageMemory:
         parts = parts.as_probe()
         runner = parts.make_runner(graphs=None)
         hidden_TD = parts.make_hidden(num_tokens)
-        for num_chunks in (facts.num_rows, 1):  # the second one for what it compiles
-            runner.run(dearest_step(facts, num_chunks=num_chunks), hidden_TD)
+        fewest_chunks = min(facts.num_rows, -(-num_tokens // facts.context_length))
+        for num_chunks in (facts.num_rows, fewest_chunks):  # the second one for what it compiles
+            step = dearest_step(facts, num_chunks=num_chunks)
+            runner.run(step, None if hidden_TD is None else hidden_TD[: step.num_tokens])
         torch.cuda.synchronize(device)
         workspace_bytes = before - torch.cuda.mem_get_info(device)[0]
         del runner, hidden_TD
@@ -210,10 +212,11 @@ def _measure_graphs(parts: StageParts) -> int:
 
 
 def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
-    """As many tokens as a micro-batch may hold, of rows that all sample with everything that costs
-    memory. Every row writes to the same KV block."""
-    num_tokens_S = np.full(num_chunks, facts.max_batch_tokens // num_chunks, dtype=np.int32)
-    num_tokens_S[0] += facts.max_batch_tokens - num_tokens_S.sum()
+    """As many tokens as a micro-batch and so many rows hold, of rows that all sample with
+    everything that costs memory. Every row writes to the same KV block."""
+    num_tokens = min(facts.max_batch_tokens, num_chunks * facts.context_length)
+    num_tokens_S = np.full(num_chunks, num_tokens // num_chunks, dtype=np.int32)
+    num_tokens_S[: num_tokens % num_chunks] += 1
     sampling = SamplingParams(
         max_tokens=1,
         seed=0,
@@ -231,7 +234,7 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         first_positions_S=np.zeros(num_chunks, dtype=np.int32),
         num_tokens_S=num_tokens_S,
         samples_S=np.ones(num_chunks, dtype=np.bool_),
-        prefill_token_ids=np.zeros(facts.max_batch_tokens, dtype=np.int32),
+        prefill_token_ids=np.zeros(num_tokens, dtype=np.int32),
         starts=tuple(
             RowStart(
                 row=row,

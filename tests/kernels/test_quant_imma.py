@@ -274,8 +274,11 @@ def test_imma(type_name: str, num_tokens: int, card: torch.device) -> None:
         tiling = ImmaTiling(variant=chosen.variant, num_parts=num_parts)
         got = imma(rows, weight, bias.to(card), out_dtype=torch.float32, tiling=tiling)
         assert relative_error(got.cpu(), wanted) < tolerance(type_name)
-    half = imma(rows, weight, bias.to(card))
-    assert half.dtype == torch.float16 and relative_error(half.cpu(), wanted) < 5e-4
+    # As large as float16 holds of every type.
+    less = dataclasses.replace(rows, scales_TG=rows.scales_TG / 64)
+    half = imma(less, weight, bias.to(card))
+    assert half.dtype == torch.float16
+    assert relative_error(half.cpu(), product / 64 + bias.float()) < 5e-4
 
 
 @pytest.mark.gpu

@@ -31,6 +31,7 @@ from pipeserve.kernels.quant_ways import (
     GEMM_ROWS,
     Dequantise,
     Gemm,
+    Gemv,
     Imma,
     Mma,
     parse_batch_way,
@@ -193,7 +194,9 @@ def test_rows_between_take_the_next_measured_and_those_beyond_the_scratch() -> N
     assert table.batch_way(key, 33) == table.batch_way(key, 64) != table.batch_way(key, 65)
     assert table.batch_way(key, 257) == Dequantise()
     assert table.batch_way(("Q4_K", 28_672, 8192), 64) is None
-    assert table.few_rows_way(key, 1) is None
+    assert table.few_rows_way(key, 1) == Gemv()
+    assert isinstance(table.few_rows_way(key, 5), Imma)
+    assert table.few_rows_way(key, 17) is None
 
 
 def table_of(tmp_path: Path, few_rows: Mapping[str, str], batch: Mapping[str, str]) -> TunedTable:
