@@ -113,6 +113,10 @@ class EngineClient:
             QueueFullError: too many wait; `retry_after_s` follows from the recent service rate.
             StageFailedError, StageStalledError, NotReadyError: the engine is dead or was shut down.
         """
+        self._check_rows(num_sequences)
+        self._check_tokens(num_prompt_tokens)
+
+    def _check_rows(self, num_sequences: int) -> None:
         self._check_alive()
         excess = self.num_live + num_sequences - self._max_live
         if excess > 0:
@@ -121,6 +125,8 @@ class EngineClient:
                 f"{num_sequences}; at most {self._max_live} fit. Try again later.",
                 retry_after_s=self._end_rate.seconds_until(excess, time.monotonic()),
             )
+
+    def _check_tokens(self, num_prompt_tokens: int) -> None:
         most = self._max_queued_tokens
         if most is None or self._num_queued_tokens == 0:
             return
@@ -148,6 +154,8 @@ class EngineClient:
     ) -> Generation:
         """Submit one sequence; enter the returned context to read its tokens.
 
+        Queued tokens are not looked at: check_capacity does, once for all sequences of a request.
+
         timeout_s: the sequence is aborted if it has not ended by then; None: it may take for ever.
 
         Raises:
@@ -156,7 +164,7 @@ class EngineClient:
                 check_capacity.
         """
         self._check_length(len(prompt_token_ids), sampling.max_tokens)
-        self.check_capacity(1, len(prompt_token_ids))
+        self._check_rows(1)
         generation = Generation(
             next(self._seq_ids), num_prompt_tokens=len(prompt_token_ids), on_end=self._end
         )

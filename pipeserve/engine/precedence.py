@@ -47,13 +47,15 @@ class Precedence:
         return self._line.need_not_wait(sequence)
 
     def victims(
-        self, sequence: Sequence, *, num_rows: int, num_blocks: int
+        self, sequence: Sequence, *, found: Collection[int], num_rows: int, num_blocks: int
     ) -> list[Sequence] | None:
         """Whom to preempt so that an owed sequence can start; None if that would not be enough.
 
-        num_rows, num_blocks: what is free now; blocks for the sequence itself are taken off.
+        found: the blocks that it would share. num_rows, num_blocks: what is free now; blocks for
+        the sequence itself are taken off.
         """
         victims: list[Sequence] = []
+        is_overdue = self._line.is_overdue(sequence)
         num_running = Counter(each.admission.account for each in self._running)
         num_left = len(self._running)
 
@@ -64,22 +66,29 @@ class Precedence:
             return victims
         ranks = self.ranks()
         for victim in sorted(ranks, key=ranks.__getitem__, reverse=True):
-            if not self._yields(victim, sequence, num_running[victim.admission.account]):
+            num_own = num_running[victim.admission.account]
+            if not self._yields(victim, sequence, num_own, is_overdue=is_overdue):
                 continue
             victims.append(victim)
             num_running[victim.admission.account] -= 1
             num_left -= 1
             num_rows += 1
-            num_blocks += self._pool.count_private(victim.block_table)
+            num_blocks += self.num_freed(victim, found)
             if is_enough():
                 return victims
         return None
 
-    def _yields(self, victim: Sequence, sequence: Sequence, num_running: int) -> bool:
+    def num_freed(self, victim: Sequence, found: Collection[int]) -> int:
+        """Blocks that a victim leaves, but for those that a newcomer would share anyway."""
+        return self._pool.count_private([each for each in victim.block_table if each not in found])
+
+    def _yields(
+        self, victim: Sequence, sequence: Sequence, num_running: int, *, is_overdue: bool
+    ) -> bool:
         """num_running: sequences of the victim's account, as long as it still runs."""
         if victim.admission.is_background:
             return True
-        if self._line.is_overdue(sequence):
+        if is_overdue:
             return victim.ordinal > sequence.ordinal
         return (
             self._line.num_running(sequence) == 0

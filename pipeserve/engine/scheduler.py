@@ -27,6 +27,8 @@ from pipeserve.engine.waiting_line import WaitingLine
 
 MAX_LOOKED_AT = 64
 """Waiting sequences that are considered for one micro-batch."""
+MOST_SCORED = 256
+"""Prompt tokens of a sequence in one step if they are scored: each passes the head as well."""
 TURN_BY_ARRIVAL = 8
 """Of so many steps, one computes prompts in the order of arrival: whose turn never comes by
 priority and shares, holds its row not for ever."""
@@ -83,6 +85,7 @@ class Scheduler:
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_step_id = 0
         self._num_decode_steps = 0  # since the last step with prompt chunks only
+        self._num_prompt_steps = 0  # steps in which prompts had their turn
 
     @property
     def num_waiting(self) -> int:
@@ -177,11 +180,14 @@ class Scheduler:
             if self.prefix_cache.who_computes(sequence, len(found)) is not None:
                 continue
             num_blocks -= self._room.num_needed(sequence, found)
-            victims = self._precedence.victims(sequence, num_rows=num_rows, num_blocks=num_blocks)
+            shared = frozenset(found)
+            victims = self._precedence.victims(
+                sequence, found=shared, num_rows=num_rows, num_blocks=num_blocks
+            )
             if victims is None or not self._room.leaves_reserve(sequence, num_blocks):
                 return
             for victim in victims:
-                num_blocks += self.pool.count_private(victim.block_table)
+                num_blocks += self._precedence.num_freed(victim, shared)
                 self._preempt(victim)
             num_rows += len(victims) - 1
 
@@ -215,6 +221,7 @@ class Scheduler:
         return True
 
     def _plan_prefill(self, draft: StepDraft) -> None:
+        self._num_prompt_steps += 1
         budget: float = self._budget.num_tokens(
             num_decode_rows=len(draft.decode),
             num_pending=self._line.num_tokens
@@ -249,7 +256,7 @@ class Scheduler:
         """Which of the prompts that are being computed goes on, or whether `waiting` starts."""
         if waiting is not None and (not going_on or self._line.is_overdue(waiting)):
             return waiting
-        if going_on and self._next_step_id % TURN_BY_ARRIVAL == 0:
+        if going_on and self._num_prompt_steps % TURN_BY_ARRIVAL == 0:
             return min(going_on, key=lambda each: (each.admission.is_background, each.ordinal))
         candidates = going_on if waiting is None else (*going_on, waiting)
         return min(candidates, key=self._line.order, default=None)
@@ -283,6 +290,8 @@ class Scheduler:
         """Compute as much of its prompt as the budget allows; returns what is left of that."""
         first = sequence.num_computed_tokens
         num_tokens = min(sequence.num_remaining_prefill, self._attention.num_tokens(first, budget))
+        if sequence.sampling.num_prompt_logprobs is not None:
+            num_tokens = min(num_tokens, MOST_SCORED)
         is_last = num_tokens == sequence.num_remaining_prefill
         draft.prefill.append(Chunk(sequence=sequence, num_tokens=num_tokens, samples=is_last))
         self._line.charge(sequence.admission.account, num_tokens)

@@ -39,7 +39,8 @@ async def test_prompt_tokens_that_wait_are_limited() -> None:
         running.pipeline.gate.clear()
         held = [client.generate(tuple(range(60)), sampling())]
         with pytest.raises(QueueFullError, match=r"60 prompt tokens wait.*adds 41; at most 100"):
-            client.generate(tuple(range(41)), sampling())
+            client.check_capacity(1, 41)
+        client.check_capacity(2, 40)
         held.append(client.generate(tuple(range(40)), sampling()))
         with pytest.raises(QueueFullError):
             client.check_capacity(1, 1)
@@ -51,6 +52,14 @@ async def test_prompt_tokens_that_wait_are_limited() -> None:
 async def test_a_prompt_that_nothing_waits_before_is_always_taken() -> None:
     async with running_engine(max_queued_tokens=10) as running:
         assert await read(running.client.generate(tuple(range(60)), sampling())) == 10
+
+
+async def test_sequences_of_one_request_are_weighed_together_and_once() -> None:
+    async with running_engine(max_queued_tokens=100) as running:
+        client = running.client
+        client.check_capacity(4, 4 * 60)  # nothing waits before them
+        held = [client.generate(tuple(range(60)), sampling()) for _ in range(4)]
+        assert await asyncio.gather(*map(read, held)) == [10] * 4
 
 
 async def test_a_prompt_waits_no_more_once_it_has_a_token_or_is_given_up() -> None:
