@@ -209,7 +209,10 @@ class Daemon:
                 end = error
             if isinstance(end, PipeserveError):
                 log.error("engine failed", error=str(end))
+                was_stopping = self._signals.asked_to_stop.is_set()
                 may_go_on = await self._may_restart(end)
+                if not may_go_on and self._signals.asked_to_stop.is_set() and not was_stopping:
+                    return 0  # it was stopped while it waited to restart
                 if not may_go_on:
                     return await self._fail(end)
             elif end is _End.STOPPED or not await self._until_wanted():

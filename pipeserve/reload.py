@@ -52,7 +52,10 @@ class Reloader:
             await asked.wait()
             asked.clear()
             with self._notifier.reloading():
-                await self._reload()
+                try:
+                    await self._reload()
+                except Exception:  # the task's top: the next SIGHUP must still be heard
+                    log.exception("reload failed, the options may be half in place")
 
     async def _reload(self) -> None:
         try:

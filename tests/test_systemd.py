@@ -89,7 +89,7 @@ def test_the_unit_speaks_the_daemons_protocol(service: configparser.SectionProxy
 def test_cuda_survives_the_hardening(service: configparser.SectionProxy) -> None:
     for option in ("MemoryDenyWriteExecute", "PrivateDevices", "PrivateUsers", "ProcSubset"):
         assert option not in service
-    assert service["DeviceAllow"] == "char-nvidia* rw"
+    assert service["DeviceAllow"] == "char-nvidia* rwm"
     assert service["LimitMEMLOCK"] == "infinity"
     assert service["Environment"].startswith(("XDG_CACHE_HOME", "HOME"))
 

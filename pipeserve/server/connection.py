@@ -65,7 +65,13 @@ class Connection(RequestHandler):
     def pause_writing(self) -> None:
         """The client has not read what fills the socket's buffers."""
         super().pause_writing()
-        self._reading_deadline = self._loop.call_later(self._limits.patience_s, self._cut_off)
+        self._await_reading()
+
+    def _await_reading(self) -> None:
+        num_unread = self._num_unread
+        self._reading_deadline = self._loop.call_later(
+            self._limits.patience_s, self._check_reading, num_unread
+        )
 
     def resume_writing(self) -> None:
         self._end_wait()
@@ -76,8 +82,18 @@ class Connection(RequestHandler):
             self._reading_deadline.cancel()
             self._reading_deadline = None
 
-    def _cut_off(self) -> None:
-        if self.transport is not None:
+    @property
+    def _num_unread(self) -> int:
+        assert isinstance(self.transport, asyncio.WriteTransport), "sockets are written to"
+        return self.transport.get_write_buffer_size()
+
+    def _check_reading(self, num_unread: int) -> None:
+        """Cut off who has read nothing since; a slow reader of a long answer may go on."""
+        if self.transport is None:
+            return
+        if self._num_unread < num_unread:
+            self._await_reading()
+        else:
             self.transport.abort()
 
     def handle_error(

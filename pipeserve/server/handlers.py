@@ -119,16 +119,17 @@ def _loaded(request: web.Request) -> Services:
 
 
 async def _answer_text(request: web.Request, job: TextJob[Json]) -> web.Response:
-    services = _loaded(request)
     body = await read_body(request, request.app[OPTIONS].config)
+    services = _loaded(request)
     return web.json_response(await _off_the_loop(request, services, job, body))
 
 
 async def _generate(
     request: web.Request, make_plan: TextJob[Plan], reply_kind: type[Reply]
 ) -> web.StreamResponse:
+    # First, since the engine may be replaced while it comes.
+    body = await read_body(request, request.app[OPTIONS].config)
     async with request.app[STATE].admit() as services:
-        body = await read_body(request, request.app[OPTIONS].config)
         services.engine.check_capacity(1)  # refused here, a request costs no text thread
         plan = await _off_the_loop(request, services, make_plan, body)
         record = request[RECORD]

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from structlog.testing import capture_logs
@@ -17,7 +18,8 @@ from structlog.testing import capture_logs
 from pipeserve.config import Config
 from pipeserve.errors import ConfigError
 from pipeserve.server.api_keys import ApiKeys
-from pipeserve.server.incoming import MAX_JSON_VALUES
+from pipeserve.server.connection import Connection
+from pipeserve.server.incoming import MAX_JSON_VALUES, PROGRESS_BYTES
 from pipeserve.server.text_pool import MAX_LOST, TextPool
 from pipeserve.text.chat_template import ChatTemplate
 from tests.server.conftest import Server, running_server
@@ -56,6 +58,50 @@ async def test_a_body_that_does_not_come_gets_408() -> None:
             "client_timeout_s" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
         )
         assert server.engine.submitted == []
+
+
+async def test_a_body_that_comes_slowly_but_steadily_is_taken() -> None:
+    """Longer than the timeout in all; each piece is what its clock begins anew with."""
+    async with running_server(Config(client_timeout_s=0.5)) as server:
+        server.state.ready(server.services)
+        body = b'{"model": "tiny", "prompt": "hi"' + b" " * 5 * PROGRESS_BYTES + b"}"
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(HEAD.replace(b"%d" % len(BODY), b"%d" % len(body)))
+        for first in range(0, len(body), PROGRESS_BYTES + 1):
+            writer.write(body[first : first + PROGRESS_BYTES + 1])
+            await asyncio.sleep(0.2)
+        async with asyncio.timeout(10):
+            answer = await reader.readuntil(b"\r\n")
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+class HalfReadTransport(asyncio.Transport):
+    """A socket whose client reads when the test says so."""
+
+    num_unread = 1000
+    is_aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_unread
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+async def test_a_long_answer_is_not_cut_off_while_it_is_read() -> None:
+    connection = Connection.__new__(Connection)  # only what waits for the client to read
+    transport = HalfReadTransport()
+    connection._loop, connection.transport = asyncio.get_running_loop(), transport
+    connection._limits = SimpleNamespace(patience_s=0.1)  # type: ignore[assignment]
+    connection.pause_writing()
+    for _ in range(10):
+        await asyncio.sleep(0.03)
+        transport.num_unread -= 10
+    assert not transport.is_aborted
+    async with asyncio.timeout(10):
+        while not transport.is_aborted:  # it reads no more
+            await asyncio.sleep(0.01)
 
 
 async def test_a_client_that_does_not_read_is_cut_off_and_its_sequence_aborted() -> None:
