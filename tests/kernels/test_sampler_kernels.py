@@ -20,6 +20,7 @@ from pipeserve.kernels import (
     sampling_adjust,
     sampling_filter,
     sampling_logprobs,
+    sampling_mask,
     sampling_uniform,
 )
 from pipeserve.kernels.sampling_backend import REFERENCE, triton_sampling
@@ -145,7 +146,10 @@ def test_the_host_waits_for_nothing(names: tuple[str, ...], device: torch.device
 
 def num_compiled() -> int:
     """Kernels of sampling that this process holds compiled."""
-    modules = (sampling, sampling_adjust, sampling_filter, sampling_logprobs, sampling_uniform)
+    modules = (
+        *(sampling, sampling_adjust, sampling_filter, sampling_logprobs, sampling_mask),
+        sampling_uniform,
+    )
     kernels = {case.kernel for module in modules for case in module.AOT_CASES}
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
