@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,26 +22,34 @@ MAX_DEFINITION_CHARACTERS = 1_000_000
 MAX_WHITESPACE = 40
 """Characters between two tokens of JSON: models that are lost like to go on with these for ever."""
 
+Part = dict[str, Any]
+"""One grammar of a definition, of which the first is where an answer begins."""
+
 _JSON_OPTIONS: Mapping[str, Any] = {
     "whitespace_pattern": rf"[ \n\r\t]{{1,{MAX_WHITESPACE}}}",
-    # What a schema says and the compiler does not know is an error, whatever the schema's own
-    # options are.
+    # What a schema says and the compiler does not know is an error.
     "lenient": False,
     "coerce_one_of": False,
 }
 
 
 def json_grammar(schema: object) -> Grammar:
-    """Any JSON document that is valid by this schema; True is any document.
+    """Any JSON document that is valid by this schema.
 
     Raises:
         GrammarError: the schema is neither an object nor true or false.
     """
+    return of_parts(json_part(schema))
+
+
+def json_part(schema: object) -> Part:
+    """As json_grammar, to be part of another."""
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     if not isinstance(schema, dict):
-        raise GrammarError("a JSON schema is an object")
-    return Grammar(definition=LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS))
+        raise GrammarError("a JSON schema is an object, or true or false")
+    # The schema's own options give way: they could make it lenient.
+    return {"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}
 
 
 def regex_grammar(pattern: str) -> Grammar:
@@ -51,8 +59,8 @@ def regex_grammar(pattern: str) -> Grammar:
 
 def choice_grammar(choices: Sequence[str]) -> Grammar:
     """One of these texts."""
-    alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    return Grammar(definition=LLMatcher.grammar_from_lark(f"start: {alternatives}"))
+    alternatives = " | ".join(map(quoted, choices))
+    return of_parts({"lark_grammar": f"start: {alternatives}"})
 
 
 def text_grammar(text: str) -> Grammar:
@@ -62,20 +70,30 @@ def text_grammar(text: str) -> Grammar:
         GrammarError: it is in neither.
     """
     try:
-        return Grammar(definition=grammar_from("grammar", text))
+        return of_parts({"lark_grammar": grammar_from("grammar", text)})
     except ValueError as error:
         raise GrammarError(str(error)) from None
 
 
-class GrammarCompiler:
-    """Compiles for one tokenizer; prepares the vocabulary when the first grammar comes."""
+def of_parts(*parts: Part) -> Grammar:
+    """The first is where an answer begins; others are found by their names."""
+    return Grammar(definition=json.dumps({"grammars": parts}))
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int) -> None:
+
+def quoted(text: str) -> str:
+    """A literal in Lark's notation."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+class GrammarCompiler:
+    """Compiles for one tokenizer, which is read and prepared when the first grammar comes."""
+
+    def __init__(self, read_tokenizer: Callable[[], Tokenizer], *, vocab_size: int) -> None:
         """vocab_size: of the model's logits."""
-        self._tokenizer = tokenizer
+        self._read_tokenizer = read_tokenizer
         self._num_words = num_words(vocab_size)
         self._lock = threading.Lock()
-        self._prepared: LLTokenizer | None = None
+        self._prepared: tuple[LLTokenizer, frozenset[int]] | None = None
         self._limits = LLParserLimits(verbose_errors=False)
 
     def check(self, grammar: Grammar) -> None:
@@ -97,19 +115,21 @@ class GrammarCompiler:
                 f"it has {len(grammar.definition)} characters; at most "
                 f"{MAX_DEFINITION_CHARACTERS} are possible: shorten it"
             )
-        matcher = LLMatcher(
-            self._vocabulary(), grammar.definition, log_level=0, limits=self._limits
-        )
+        vocabulary, ends = self._vocabulary()
+        matcher = LLMatcher(vocabulary, grammar.definition, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise GrammarError(_first_lines(matcher.get_error()))
-        return GrammarConstraint(matcher, self._tokenizer.eos_token_ids, self._num_words)
+        return GrammarConstraint(matcher, ends, self._num_words)
 
-    def _vocabulary(self) -> LLTokenizer:
+    def _vocabulary(self) -> tuple[LLTokenizer, frozenset[int]]:
+        """And the tokens that end an answer."""
         with self._lock:
             if self._prepared is None:
-                self._prepared = LLTokenizer(
-                    _Vocabulary(self._tokenizer), eos_token=sorted(self._tokenizer.eos_token_ids)
-                )
+                tokenizer = self._read_tokenizer()
+                ends = tokenizer.eos_token_ids
+                wrapped: Any = _Vocabulary(tokenizer)
+                vocabulary = LLTokenizer(wrapped, eos_token=sorted(ends))
+                self._prepared = vocabulary, ends
             return self._prepared
 
 

@@ -142,9 +142,7 @@ def test_the_host_waits_for_nothing(names: tuple[str, ...], device: torch.device
         with mode():
             for row_start in starts:
                 sampler.start(row_start)
-            sampled = to_host(
-                sampler.sample(logits_SV, rows, np.full_like(rows, position), masks)
-            )
+            sampled = to_host(sampler.sample(logits_SV, rows, np.full_like(rows, position), masks))
     assert len(sampled.token_ids()) == len(names)
 
 
