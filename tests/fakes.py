@@ -30,6 +30,7 @@ from pipeserve.core.constraint import WordArray, num_words
 from pipeserve.core.sampling import MAX_LOGPROBS, SamplingParams
 
 NextToken = Callable[[Sequence[int], SamplingParams], int]
+Pick = Callable[[int, Sequence[int]], int]
 
 
 def facts(**changes: int) -> PipelineFacts:
@@ -101,9 +102,16 @@ class FakeStage:
 class FakeStages:
     """The stages of a fake pipeline, run one step at a time by whoever calls `advance`."""
 
-    def __init__(self, facts: PipelineFacts, next_token: NextToken = checksum_token) -> None:
+    def __init__(
+        self,
+        facts: PipelineFacts,
+        next_token: NextToken = checksum_token,
+        pick: Pick | None = None,
+    ) -> None:
+        """pick: takes one of the allowed tokens where there is a mask."""
         self.facts = facts
         self._next_token = next_token
+        self._pick = pick or take_by_number
         self._stages = [FakeStage(facts) for _ in range(facts.num_stages)]
         self._queues: list[deque[tuple[MicroBatch, list[list[int]]]]] = [
             deque() for _ in self._stages
@@ -170,7 +178,7 @@ class FakeStages:
                 sampling = self._starts[row].sampling
                 token_id = self._next_token(history, sampling)
                 if (allowed := masks.get(len(token_ids))) is not None:
-                    token_id = pick(token_id, allowed)
+                    token_id = self._pick(token_id, allowed)
                 token_ids.append(token_id)
                 self._token_pool[row] = token_ids[-1]
                 num_logprobs.append(sampling.num_logprobs)
@@ -201,7 +209,7 @@ class FakeStages:
             )
 
 
-def pick(token_id: int, allowed: Sequence[int]) -> int:
+def take_by_number(token_id: int, allowed: Sequence[int]) -> int:
     """What a fake pipeline takes where it may not have the token that it would."""
     return allowed[token_id % len(allowed)]
 
@@ -268,13 +276,14 @@ class FakePipeline:
         post: Callable[[StepOutput | StageFailure], None],
         *,
         next_token: NextToken = checksum_token,
+        pick: Pick | None = None,
         step_s: float = 0.0,
         fail_at_step: int | None = None,
         block_at_step: int | None = None,
     ) -> None:
         self.facts = facts
         self._post = post
-        self._stages = FakeStages(facts, next_token)
+        self._stages = FakeStages(facts, next_token, pick)
         self._step_s = step_s
         self._fail_at_step = fail_at_step
         self._block_at_step = block_at_step

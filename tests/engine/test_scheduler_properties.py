@@ -15,7 +15,7 @@ from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.reserve import MEMORY
 from pipeserve.engine.scheduler import Scheduler
 from pipeserve.engine.sequence import Sequence, SequenceStatus
-from tests.fakes import FakeStages, checksum_token, expected_tokens, facts, mask_of, pick
+from tests.fakes import FakeStages, checksum_token, expected_tokens, facts, mask_of, take_by_number
 
 ADMISSIONS = st.builds(
     AdmissionParams,
@@ -39,7 +39,7 @@ def allowed_after(token_ids: list[int]) -> list[int]:
 
 
 def constrained_token(token_ids: list[int], sampling: SamplingParams) -> int:
-    return pick(checksum_token(token_ids, sampling), allowed_after(token_ids))
+    return take_by_number(checksum_token(token_ids, sampling), allowed_after(token_ids))
 
 
 def expected_of(sequence: Sequence) -> list[int]:

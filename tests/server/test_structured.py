@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pipeserve.text.chat_template import ChatTemplate
 from tests.server.conftest import Server
+from tests.server.test_tools import HERMES_TEMPLATE, TOOLS
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "go"}
@@ -140,3 +143,44 @@ async def test_what_cannot_be_kept_to_is_refused_with_the_reason(
     assert error["param"] == param
     assert mend in error["message"]
     assert server.engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("thinks", "fields", "right", "wrong"),
+    [
+        (
+            True,
+            {"guided_choice": ["yes"]},
+            ["hm</th</think>\n\nyes", "</think>yes"],
+            ["yes", "</think>no"],
+        ),
+        (False, {"guided_choice": ["yes"]}, ["yes", "<think>no</think>yes"], ["<think>yes", "no"]),
+        (True, {"guided_choice": ["yes"], "reasoning_format": "none"}, ["yes"], ["</think>yes"]),
+        (
+            False,
+            {"tools": TOOLS, "tool_choice": "required"},
+            ['<think>a</think>\n<tool_call>\n{"name": "time", "arguments": {"a":1}}\n</tool_call>'],
+            ['<tool_call>\n{"name": "tim", "arguments": {}}\n</tool_call>', ""],
+        ),
+    ],
+)
+async def test_thoughts_come_before_what_is_held_to_a_form(
+    thinks: bool, fields: dict[str, Any], right: list[str], wrong: list[str], server: Server
+) -> None:
+    template = ChatTemplate(HERMES_TEMPLATE, bos_token="<|begin|>", eos_token="<|end|>")
+    server.state.ready(replace(server.services, chat_template=template))
+    body = chat(**fields, chat_template_kwargs={"enable_thinking": thinks})
+    status, answer = await server.post(CHAT, body)
+    assert status == 200, answer
+    assert [matches(server, each) for each in right] == [True] * len(right)
+    assert [matches(server, each) for each in wrong] == [False] * len(wrong)
+
+
+async def test_tools_and_a_form_contradict_each_other(server: Server) -> None:
+    for extra in ({}, {"tool_choice": "required"}):
+        body = chat(tools=TOOLS, guided_choice=["a"], **extra)
+        status, answer = await server.post(CHAT, body)
+        error: Any = answer["error"]
+        assert (status, error["param"]) == (400, "guided_choice")
+    status, _ = await server.post(CHAT, chat(tools=TOOLS, guided_choice=["a"], tool_choice="none"))
+    assert status == 200

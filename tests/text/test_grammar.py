@@ -116,9 +116,7 @@ LEAVES = st.one_of(
     st.sampled_from(["^[a-f]{2,4}$", "x|yy", r"^\d+-[^q]$", "é+"]).map(
         lambda pattern: {"type": "string", "pattern": pattern}
     ),
-    st.sampled_from(["date", "uuid", "ipv4"]).map(
-        lambda name: {"type": "string", "format": name}
-    ),
+    st.sampled_from(["date", "uuid", "ipv4"]).map(lambda name: {"type": "string", "format": name}),
     st.lists(SCALARS, min_size=1, max_size=4).map(lambda values: {"enum": values}),
     SCALARS.map(lambda value: {"const": value}),
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["string", "null"]}]),
