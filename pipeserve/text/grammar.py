@@ -19,6 +19,8 @@ from pipeserve.errors import GrammarError
 from pipeserve.text.tokenizer import Tokenizer
 
 MAX_DEFINITION_CHARACTERS = 1_000_000
+MAX_LEXER_STATES = 50_000
+"""Of one answer, 1 to 2 KB each; what else a grammar may take is as llguidance has it."""
 MAX_WHITESPACE = 40
 """Characters between two tokens of JSON: models that are lost like to go on with these for ever."""
 
@@ -94,7 +96,7 @@ class GrammarCompiler:
         self._num_words = num_words(vocab_size)
         self._lock = threading.Lock()
         self._prepared: tuple[LLTokenizer, frozenset[int]] | None = None
-        self._limits = LLParserLimits(verbose_errors=False)
+        self._limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 
     def check(self, grammar: Grammar) -> None:
         """Compile and forget.
