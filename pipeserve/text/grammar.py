@@ -154,7 +154,7 @@ class GrammarConstraint:
             for token_id in self._ends:  # of a dead end nothing else is left
                 mask_W.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         if not mask_W.any():
-            raise GrammarError("no token of this model can go on with an answer that matches it")
+            raise GrammarError(_DEAD_END)
         return mask_W
 
     def accept(self, token_id: int) -> None:
@@ -208,7 +208,7 @@ class _Vocabulary:
             ends = range(min(most, len(raw)), 0, -1)
             end = next((end for end in ends if raw[:end] in self._ids), None)
             if end is None:
-                return []  # the vocabulary lacks this byte: nothing is forced
+                return ids  # the vocabulary lacks this byte
             ids.append(self._ids[raw[:end]])
             raw = raw[end:]
         return ids
@@ -219,6 +219,12 @@ _BEFORE = "\x01"
 own holds."""
 
 
+_DEAD_END = "no token of this model can go on with an answer that matches it"
+
+
 def _first_lines(problem: str) -> str:
     """What concerns the author of the grammar, without a trace of the compiler's own."""
+    # It has no other way to say that the vocabulary lacks a byte that must come.
+    if problem.startswith("NoExtension") or "forced bytes" in problem:
+        return _DEAD_END
     return problem.split("<backtrace>")[0].strip()[:500]
