@@ -155,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench_engine(benchmarks)
     _add_bench_schedule(benchmarks)
     _add_bench_kernels(benchmarks)
+    _add_bench_grammars(benchmarks)
     return parser
 
 
@@ -437,6 +438,36 @@ def run_bench_schedule(parsed: argparse.Namespace) -> int:
     if parsed.timeline is not None:
         parsed.timeline.write_text(schedule_report.as_svg(result.simulated[0]))
     return 0
+
+
+def _add_bench_grammars(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    grammars = benchmarks.add_parser(
+        "grammars",
+        help="what holding answers to a form costs per token",
+        description="Time from a token to the mask of the next one, for several forms of answers.",
+    )
+    grammars.set_defaults(run=run_bench_grammars)
+    add = grammars.add_argument
+    add("--vocab-size", type=int, metavar="N", help="only the first N tokens. Default: all.")
+    add("--answers", type=int, default=20, metavar="N", help="of each form. Default: 20.")
+    add("--json", action="store_true", help="print JSON")
+    add("--model", default="demo", metavar="MODEL", help="whose vocabulary. Default: demo.")
+    add("--config", type=Path, metavar="FILE", help="TOML file with options")
+
+
+def run_bench_grammars(parsed: argparse.Namespace) -> int:
+    """The command `bench grammars`."""
+    config = load_config(overrides={"model": parsed.model}, config_file=parsed.config)
+    configure_logging(level="warning", log_format="auto")
+    from pipeserve.bench import grammars
+    from pipeserve.hub import resolve_model
+
+    return grammars.run(
+        resolve_model(config.model, cache_dir=config.cache_dir),
+        vocab_size=parsed.vocab_size,
+        num_answers=parsed.answers,
+        wants_json=parsed.json,
+    )
 
 
 def run_bench_kernels(parsed: argparse.Namespace) -> int:

@@ -280,6 +280,7 @@ class Daemon:
                         tokenizer=model.tokenizer,
                         chat_template=model.chat_template,
                         card=model.card,
+                        grammars=model.grammars,
                         text_pool=text_pool,
                     )
                 )

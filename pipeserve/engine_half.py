@@ -1,16 +1,19 @@
 """EngineHalf: scheduler and stages of one model, put together; the only place where they meet.
 
-Built in the daemon's own process or in one beside it. Must not know HTTP, text or the event loop.
+Built in the daemon's own process or in one beside it. Must not know HTTP or the event loop, and of
+text only what compiles grammars.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.constraint import ConstraintFactory
 from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import OnProgress
 from pipeserve.engine.engine import Engine, Inbox
@@ -21,6 +24,8 @@ from pipeserve.layout import is_open
 from pipeserve.runtime.devices import resolve_devices
 from pipeserve.runtime.layouts import find_devices, survey_layouts
 from pipeserve.runtime.pipeline import Pipeline
+from pipeserve.text.grammar import GrammarCompiler
+from pipeserve.text.tokenizer import Tokenizer
 from pipeserve.toolchain import check_toolchain
 
 log = structlog.get_logger()
@@ -29,8 +34,11 @@ log = structlog.get_logger()
 class EngineHalf:
     """A loaded model behind an inbox. `start` once, `close` once."""
 
-    def __init__(self, *, config: Config, pipeline: Pipeline, inbox: Inbox) -> None:
+    def __init__(
+        self, *, config: Config, pipeline: Pipeline, inbox: Inbox, constraints: ConstraintFactory
+    ) -> None:
         self._config = config
+        self._constraints = constraints
         self._pipeline = pipeline
         self._inbox = inbox
         self._engine: Engine | None = None
@@ -51,7 +59,10 @@ class EngineHalf:
             pipeline = Pipeline.start(
                 gguf_file, config, config.devices, post=inbox.put, on_progress=on_progress
             )
-        return cls(config=config, pipeline=pipeline, inbox=inbox)
+        grammars = GrammarCompiler(
+            lambda: _read_tokenizer(order.model_path), vocab_size=pipeline.facts.vocab_size
+        )
+        return cls(config=config, pipeline=pipeline, inbox=inbox, constraints=grammars.build)
 
     @property
     def facts(self) -> PipelineFacts:
@@ -65,6 +76,7 @@ class EngineHalf:
             post=deliver,
             stage_timeout_s=self._config.stage_timeout_s,
             policy=AdmissionPolicy.from_config(self._config),
+            constraints=self._constraints,
         )
         self._engine.start()
 
@@ -93,6 +105,11 @@ def survey(order: SurveyLayouts) -> LayoutSurvey:
             return LayoutSurvey(devices=devices, forecasts=())
         check_toolchain()
         return survey_layouts(gguf_file, config)
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    with GGUFFile.open(path) as gguf_file:
+        return Tokenizer.from_gguf(gguf_file)
 
 
 def _uses_cuda(config: Config) -> bool:

@@ -16,6 +16,7 @@ PipeserveError
 │   ├── UnknownModelError        the request names a model that is not served
 │   ├── UnauthorizedError        no API key, or one that is not known (401)
 │   ├── ChatTemplateError        the model's chat template refused the messages
+│   ├── GrammarError             a schema or grammar cannot be honoured
 │   └── QueueFullError           too many requests wait (429); says when to come back
 └── EngineError                  serving itself failed (HTTP 5xx)
     ├── NotReadyError            loading, restarting or draining (503)
@@ -98,6 +99,10 @@ class UnauthorizedError(RequestError):
 
 class ChatTemplateError(RequestError):
     """The model's chat template refused the messages or is broken."""
+
+
+class GrammarError(RequestError):
+    """A schema or grammar cannot be honoured: not understood, contradictory or too complex."""
 
 
 class QueueFullError(RequestError):

@@ -21,6 +21,7 @@ from pipeserve.hub import resolve_model
 from pipeserve.server.model_facts import ModelFacts
 from pipeserve.server.state import ModelCard
 from pipeserve.text.chat_template import ChatTemplate
+from pipeserve.text.grammar import GrammarCompiler
 from pipeserve.text.tokenizer import Tokenizer
 
 
@@ -32,6 +33,7 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     card: ModelCard
+    grammars: GrammarCompiler
 
 
 def fetch_model(config: Config) -> ServedModel:
@@ -48,6 +50,7 @@ def fetch_model(config: Config) -> ServedModel:
             tokenizer=tokenizer,
             chat_template=ChatTemplate.from_gguf(gguf_file, tokenizer),
             card=_model_card(config, gguf_file),
+            grammars=GrammarCompiler(lambda: tokenizer, vocab_size=tokenizer.vocab_size),
         )
 
 

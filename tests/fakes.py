@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,9 +26,11 @@ from pipeserve.core.batch import (
     StepLogprobs,
     StepOutput,
 )
+from pipeserve.core.constraint import WordArray, num_words
 from pipeserve.core.sampling import MAX_LOGPROBS, SamplingParams
 
 NextToken = Callable[[Sequence[int], SamplingParams], int]
+Pick = Callable[[int, Sequence[int]], int]
 
 
 def facts(**changes: int) -> PipelineFacts:
@@ -100,9 +102,16 @@ class FakeStage:
 class FakeStages:
     """The stages of a fake pipeline, run one step at a time by whoever calls `advance`."""
 
-    def __init__(self, facts: PipelineFacts, next_token: NextToken = checksum_token) -> None:
+    def __init__(
+        self,
+        facts: PipelineFacts,
+        next_token: NextToken = checksum_token,
+        pick: Pick | None = None,
+    ) -> None:
+        """pick: takes one of the allowed tokens where there is a mask."""
         self.facts = facts
         self._next_token = next_token
+        self._pick = pick or take_by_number
         self._stages = [FakeStage(facts) for _ in range(facts.num_stages)]
         self._queues: list[deque[tuple[MicroBatch, list[list[int]]]]] = [
             deque() for _ in self._stages
@@ -137,6 +146,7 @@ class FakeStages:
         stage.apply(batch)
         if index == 0:
             token_ids_S = self._embed(batch)
+        check_masks(batch, self.facts)
         places = list(zip(batch.rows_S.tolist(), batch.first_positions_S.tolist(), strict=True))
         # All read before any writes: what a step computes is there for later steps only.
         pasts = [stage.read(row, first) for row, first in places]
@@ -162,10 +172,14 @@ class FakeStages:
         token_ids = []
         num_logprobs: list[int | None] = []
         rows = batch.rows_S.tolist()
+        masks = allowed_tokens(batch)
         for row, samples, history in zip(rows, batch.samples_S, histories, strict=True):
             if samples:
                 sampling = self._starts[row].sampling
-                token_ids.append(self._next_token(history, sampling))
+                token_id = self._next_token(history, sampling)
+                if (allowed := masks.get(len(token_ids))) is not None:
+                    token_id = self._pick(token_id, allowed)
+                token_ids.append(token_id)
                 self._token_pool[row] = token_ids[-1]
                 num_logprobs.append(sampling.num_logprobs)
         self._last_done = batch.step_id
@@ -193,6 +207,34 @@ class FakeStages:
                 top_ids_PK=top,
                 top_PK=-top.astype(np.float32),
             )
+
+
+def take_by_number(token_id: int, allowed: Sequence[int]) -> int:
+    """What a fake pipeline takes where it may not have the token that it would."""
+    return allowed[token_id % len(allowed)]
+
+
+def mask_of(allowed: Iterable[int], vocab_size: int) -> WordArray:
+    """The words of a mask that allows these."""
+    bits = np.zeros(32 * num_words(vocab_size), np.bool_)
+    bits[list(allowed)] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def allowed_tokens(batch: MicroBatch) -> dict[int, list[int]]:
+    """Of the sampled rows that have masks, by their place among those."""
+    if batch.masks is None:
+        return {}
+    bits = np.unpackbits(batch.masks.words_MW.view(np.uint8), axis=1, bitorder="little")
+    rows = zip(batch.masks.seqs_M.tolist(), bits, strict=True)
+    return {seq: np.flatnonzero(row).tolist() for seq, row in rows}
+
+
+def check_masks(batch: MicroBatch, facts: PipelineFacts) -> None:
+    for seq, allowed in allowed_tokens(batch).items():
+        assert seq < batch.samples_S.sum(), "a mask is for a row that samples"
+        assert allowed, "a mask allows something"
+        assert allowed[-1] < facts.vocab_size, "a mask allows tokens that exist"
 
 
 def check_batch(batch: MicroBatch, facts: PipelineFacts) -> None:
@@ -234,13 +276,14 @@ class FakePipeline:
         post: Callable[[StepOutput | StageFailure], None],
         *,
         next_token: NextToken = checksum_token,
+        pick: Pick | None = None,
         step_s: float = 0.0,
         fail_at_step: int | None = None,
         block_at_step: int | None = None,
     ) -> None:
         self.facts = facts
         self._post = post
-        self._stages = FakeStages(facts, next_token)
+        self._stages = FakeStages(facts, next_token, pick)
         self._step_s = step_s
         self._fail_at_step = fail_at_step
         self._block_at_step = block_at_step

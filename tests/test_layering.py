@@ -54,7 +54,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watchdog": {"engine", "errors", "notify", "server"},
     "served_model": {"config", "gguf", "hub", "text", "server"},
     "layout": {"config", "core", "errors"},
-    "engine_half": {"engine", "runtime", "gguf", "core", "config", "toolchain", "layout"},
+    "engine_half": {
+        *("engine", "runtime", "text", "gguf", "core", "config", "toolchain", "layout"),
+    },
     "engine_child": {"engine_half", "engine", "log", "errors", "toolchain"},
     "engine_process": {"engine", "core", "errors"},
     "engine_host": {"engine_half", "engine_process", "engine", "core", "config", "toolchain"},

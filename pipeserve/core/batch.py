@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeserve.core.constraint import WordArray
 from pipeserve.core.sampling import SamplingParams
 
 IntArray = npt.NDArray[np.int32]
@@ -54,6 +55,16 @@ class RowStart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepMasks:
+    """Which tokens some of a step's sampled rows may have; M such rows, W words of 32 bits."""
+
+    seqs_M: IntArray
+    """Which of the sampled rows: from 0 to the number of those with samples_S - 1, ascending."""
+    words_MW: WordArray
+    """Bit i % 32 of word i // 32 is token i; every row allows at least one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
     """One step's work for every stage: which rows, which tokens, and what changed.
 
@@ -84,6 +95,8 @@ class MicroBatch:
     block_ids: IntArray
     needs_step: int | None
     """The newest earlier step that sampled a token which a decode row of this one reads."""
+    masks: StepMasks | None = None
+    """Of the rows that a grammar constrains; None where there are none."""
 
     @property
     def num_rows(self) -> int:

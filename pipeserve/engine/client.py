@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.batch import PipelineFacts, PromptLogprobs
+from pipeserve.core.constraint import Grammar
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.generation import GeneratedToken, Generation
 from pipeserve.engine.messages import (
@@ -20,6 +21,7 @@ from pipeserve.engine.messages import (
     Finish,
     FrontMessage,
     GetStats,
+    GrammarFailed,
     ReplicasChanged,
     RouterMessage,
     SequencesFailed,
@@ -33,6 +35,7 @@ from pipeserve.engine.service_rate import ServiceRate
 from pipeserve.engine.stats import EngineStats
 from pipeserve.errors import (
     EngineError,
+    GrammarError,
     NotReadyError,
     PromptTooLongError,
     QueueFullError,
@@ -150,12 +153,14 @@ class EngineClient:
         sampling: SamplingParams,
         admission: AdmissionParams = PLAIN,
         *,
+        grammar: Grammar | None = None,
         timeout_s: float | None = None,
     ) -> Generation:
         """Submit one sequence; enter the returned context to read its tokens.
 
         Queued tokens are not looked at: check_capacity does, once for all sequences of a request.
 
+        grammar: what the answer must match; its tokens end where that does, or at max_tokens.
         timeout_s: the sequence is aborted if it has not ended by then; None: it may take for ever.
 
         Raises:
@@ -180,6 +185,7 @@ class EngineClient:
                 prompt_token_ids=tuple(prompt_token_ids),
                 sampling=sampling,
                 admission=admission,
+                grammar=grammar,
             )
         )
         return generation
@@ -260,6 +266,10 @@ class EngineClient:
                 reply = self._replies.get(message.reply_id)
                 if reply is not None and not reply.done():
                     reply.set_result(message.stats)
+            case GrammarFailed():
+                generation = self._forget(message.seq_id)
+                if generation is not None:
+                    generation.fail(GrammarError(message.error))
             case EngineFailed():
                 self._deliver_failure(message)
             case SequencesFailed():

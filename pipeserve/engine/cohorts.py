@@ -69,16 +69,24 @@ class Cohorts:
         num_lanes = self.num_lanes
         for cohort in sorted(self._cohorts, key=lambda cohort: cohort.last_step):
             ready = [s for s in cohort.sequences if self._can_step(s, step_id, num_lanes)]
-            if ready:
+            if ready and not self._should_wait(ready, cohort):
                 cohort.last_step = step_id
                 return ready
         return []
 
+    @staticmethod
+    def _should_wait(ready: list[Sequence], cohort: Cohort) -> bool:
+        """Constrained sequences whose masks came late wait for the others of their cohort, whose
+        tokens are on their way: a step of their own would hold those up."""
+        return all(sequence.is_constrained for sequence in ready) and any(
+            sequence.wants_token and not sequence.is_constrained for sequence in cohort.sequences
+        )
+
     def _can_step(self, sequence: Sequence, step_id: int, num_lanes: int) -> bool:
-        if not sequence.wants_token:
+        if not sequence.wants_token or sequence.awaits_mask:
             return False
-        if sequence.num_in_flight == 0:
-            return True
+        if sequence.num_in_flight == 0 or sequence.is_constrained:
+            return sequence.num_in_flight == 0
         # The first stage waits for the token that is on its way. That costs nothing if the other
         # cohorts' steps lie between; sooner, the stage would idle with their work behind it.
         assert sequence.last_sample_step is not None

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pipeserve.core.batch import MicroBatch, PipelineFacts, StageFailure, StepOutput
+from pipeserve.core.constraint import ConstraintFactory
+from pipeserve.engine.mask_workers import MasksReady, MaskWorkers
 from pipeserve.engine.messages import (
     Abort,
     EngineFailed,
@@ -20,6 +22,7 @@ from pipeserve.engine.messages import (
     Finish,
     FrontMessage,
     GetStats,
+    GrammarFailed,
     Shutdown,
     StatsReply,
     Submit,
@@ -30,7 +33,7 @@ from pipeserve.engine.sequence import Sequence, SequenceStatus
 from pipeserve.engine.stats import EngineStats
 from pipeserve.engine.step_figures import StepRecorder
 
-InboxItem = FrontMessage | StepOutput | StageFailure
+InboxItem = FrontMessage | StepOutput | StageFailure | MasksReady
 Inbox = queue.SimpleQueue[InboxItem]
 
 
@@ -69,12 +72,15 @@ class Engine:
         post: Callable[[EngineMessage], None],
         stage_timeout_s: float,
         policy: AdmissionPolicy | None = None,
+        constraints: ConstraintFactory | None = None,
     ) -> None:
+        """constraints: compiles grammars; None where no sequence brings one."""
         self._pipeline = pipeline
         self._inbox = inbox
         self._post = post
         self._stage_timeout_s = stage_timeout_s
         self._scheduler = Scheduler(pipeline.facts, policy)
+        self._masks = None if constraints is None else MaskWorkers(constraints, inbox.put)
         self._sequences: dict[int, Sequence] = {}
         self._recorder = StepRecorder(pipeline.facts.num_stages)
         self._started_s = time.monotonic()
@@ -106,6 +112,9 @@ class Engine:
         except Exception as error:
             self._post(EngineFailed(error=f"engine: {error!r}", stalled=False))
             raise
+        finally:
+            if self._masks is not None:
+                self._masks.close()
 
     def _next_item(self) -> InboxItem:
         """Wait for the next thing to happen, but not past the moment a stage counts as stuck."""
@@ -135,6 +144,8 @@ class Engine:
         match item:
             case StepOutput():
                 self._take_output(item)
+            case MasksReady():
+                self._take_masks(item)
             case Submit():
                 self._add(item)
             case Finish():
@@ -158,9 +169,22 @@ class Engine:
         self._recorder.note_output(output.stage_spans, self._last_progress_s, is_idle=is_idle)
         for seq_id, reason in zip(events.seq_ids, events.finish_reasons, strict=True):
             if reason is not None:
-                del self._sequences[seq_id]
+                self._forget(seq_id)
+        tokens = self._scheduler.take_constrained_tokens()
+        if tokens and self._masks is not None:
+            self._masks.advance([(sequence.seq_id, token_id) for sequence, token_id in tokens])
         if events.seq_ids:
             self._post(events)
+
+    def _take_masks(self, ready: MasksReady) -> None:
+        for seq_id, mask_W in ready.masks:
+            sequence = self._sequences.get(seq_id)
+            if sequence is not None:
+                self._scheduler.allow(sequence, mask_W)
+        for seq_id, error in ready.failures:
+            if seq_id in self._sequences:
+                self._end(seq_id, SequenceStatus.ABORTED)
+                self._post(GrammarFailed(seq_id=seq_id, error=error))
 
     def _add(self, message: Submit) -> None:
         sequence = Sequence(
@@ -168,17 +192,26 @@ class Engine:
             prompt_token_ids=message.prompt_token_ids,
             sampling=message.sampling,
             admission=message.admission,
+            is_constrained=message.grammar is not None,
         )
         self._sequences[message.seq_id] = sequence
         self._scheduler.add(sequence)
+        if message.grammar is not None:
+            assert self._masks is not None, "a grammar comes only where it was found to compile"
+            self._masks.begin(message.seq_id, message.grammar)
         account = message.admission.account
         self._recorder.note_arrival(message.seq_id, account, time.monotonic())
 
     def _end(self, seq_id: int, status: SequenceStatus) -> None:
         self._recorder.note_end(seq_id)
-        sequence = self._sequences.pop(seq_id, None)
+        sequence = self._forget(seq_id)
         if sequence is not None:  # else its last token crossed this message
             self._scheduler.end(sequence, status)
+
+    def _forget(self, seq_id: int) -> Sequence | None:
+        if self._masks is not None:
+            self._masks.forget(seq_id)
+        return self._sequences.pop(seq_id, None)
 
     def _submit(self) -> None:
         was_idle = not self._scheduler.has_steps_in_flight

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from pipeserve.engine.messages import Abort, Finish, FinishReason, TokenLogprobs
-from pipeserve.errors import EngineError, RequestTimeoutError
+from pipeserve.errors import PipeserveError, RequestTimeoutError
 
 OnEnd = Callable[["Generation", Finish | Abort], None]
 
@@ -36,6 +36,7 @@ class Generation:
     Raises (while iterating):
         StageFailedError, StageStalledError: the pipeline died under the sequence.
         NotReadyError: the daemon ended the sequence to stop.
+        GrammarError: what its grammar allows next cannot be found out.
         RequestTimeoutError: the sequence took longer than it was given.
     """
 
@@ -58,7 +59,7 @@ class Generation:
         generated token."""
         self._tokens: list[GeneratedToken] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._failure: EngineError | None = None
+        self._failure: PipeserveError | None = None
         self._is_ended = False
 
     async def __aenter__(self) -> Self:
@@ -128,7 +129,7 @@ class Generation:
             self.stop_timer()
         self._wake()
 
-    def fail(self, failure: EngineError) -> None:
+    def fail(self, failure: PipeserveError) -> None:
         """There will be no more; on the event loop."""
         self.stop_timer()
         self._failure = failure

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeserve.config import Config
 from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.batch import PipelineFacts, PromptLogprobs
+from pipeserve.core.constraint import Grammar
 from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import LoadEvent
 from pipeserve.core.sampling import SamplingParams
@@ -38,6 +39,8 @@ class Submit:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     admission: AdmissionParams = field(default_factory=AdmissionParams)
+    grammar: Grammar | None = None
+    """What the answer must match."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +128,16 @@ class ReplicasChanged:
     """How many and why, for people; None where all take sequences."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarFailed:
+    """Engine to front: this sequence's grammar cannot be followed any further; it has ended."""
+
+    seq_id: int
+    error: str
+
+
 FrontMessage = Submit | Finish | Abort | GetStats | Shutdown
-EngineMessage = TokenEvents | PromptLogprobs | StatsReply | EngineFailed
+EngineMessage = TokenEvents | PromptLogprobs | StatsReply | GrammarFailed | EngineFailed
 """Log-probabilities of a prompt come before the sequence's first token."""
 RouterMessage = EngineMessage | SequencesFailed | ReplicasChanged
 

@@ -19,6 +19,7 @@ from pipeserve.engine.messages import (
     Finish,
     FrontMessage,
     GetStats,
+    GrammarFailed,
     ReplicasChanged,
     RouterMessage,
     SequencesFailed,
@@ -207,6 +208,10 @@ class ReplicaRouter:
                 self._place_waiting()
                 self._deliver(message)
             case PromptLogprobs():
+                self._deliver(message)
+            case GrammarFailed():
+                self._forget(message.seq_id)
+                self._place_waiting()
                 self._deliver(message)
             case StatsReply():
                 replica.latest = message.stats

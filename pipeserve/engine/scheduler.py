@@ -6,10 +6,11 @@ Owned by the engine thread; no clock, no thread, no torch: a pure function of wh
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from pipeserve.core.batch import MicroBatch, PipelineFacts, StepOutput
+from pipeserve.core.constraint import WordArray
 from pipeserve.engine.attention_cost import AttentionCost, StepWork
 from pipeserve.engine.block_pool import BlockPool
 from pipeserve.engine.cohorts import Cohorts
@@ -84,12 +85,15 @@ class Scheduler:
         self._cohorts = Cohorts(count=facts.num_stages, num_look_ahead=facts.num_look_ahead)
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_step_id = 0
+        self._parked: dict[Sequence, Callable[[Sequence], None]] = {}
+        """Those that are in no line before their mask has come, and how they get into it."""
+        self._constrained_tokens: list[tuple[Sequence, int]] = []
         self._num_decode_steps = 0  # since the last step with prompt chunks only
         self._num_prompt_steps = 0  # steps in which prompts had their turn
 
     @property
     def num_waiting(self) -> int:
-        return len(self._line)
+        return len(self._line) + len(self._parked)
 
     @property
     def num_running(self) -> int:
@@ -109,17 +113,36 @@ class Scheduler:
         self._line.now_s = now_s
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
+        """Queue a new sequence; a constrained one from its first mask on."""
         assert (
             sequence.num_prompt_tokens + sequence.sampling.max_tokens <= self.facts.context_length
         ), "prompt and output fit the context"
-        self._line.arrive(sequence)
+        self._wait(sequence, self._line.arrive)
+
+    def _wait(self, sequence: Sequence, enter_line: Callable[[Sequence], None]) -> None:
+        if sequence.awaits_mask:
+            self._parked[sequence] = enter_line
+        else:
+            enter_line(sequence)
+
+    def allow(self, sequence: Sequence, mask_W: WordArray) -> None:
+        """What a constrained sequence's next token may be."""
+        assert sequence.awaits_mask, "a mask holds for one token"
+        sequence.mask_W = mask_W
+        enter_line = self._parked.pop(sequence, None)
+        if enter_line is not None:
+            enter_line(sequence)
+
+    def take_constrained_tokens(self) -> list[tuple[Sequence, int]]:
+        """Tokens of constrained sequences since the last call; their masks are wanted next."""
+        taken, self._constrained_tokens = self._constrained_tokens, []
+        return [(sequence, token_id) for sequence, token_id in taken if not sequence.is_ended]
 
     def end(self, sequence: Sequence, status: SequenceStatus) -> None:
         """FINISHED or ABORTED: free all that the sequence holds; what is in flight is dropped."""
         if sequence.status is SequenceStatus.RUNNING:
             self._give_back(sequence)
-        else:
+        elif self._parked.pop(sequence, None) is None:
             self._line.remove(sequence)
         if status is SequenceStatus.FINISHED:
             self.reserve.note_finished(sequence.num_output_tokens)
@@ -128,7 +151,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.release(SequenceStatus.WAITING)
-        self._line.add(sequence)
+        self._wait(sequence, self._line.add)
         self.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -350,6 +373,9 @@ class Scheduler:
             self.num_prompt_tokens += sequence.num_prompt_tokens
         sequence.token_ids.append(token_id)
         sequence.num_in_flight -= 1
+        if sequence.is_constrained:
+            sequence.mask_W = None
+            self._constrained_tokens.append((sequence, token_id))
         if (len(sequence.token_ids) - 1) % self.facts.block_size == 0:
             self.prefix_cache.name_computed(sequence)
         if token_id in sequence.sampling.stop_token_ids:

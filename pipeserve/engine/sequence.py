@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from pipeserve.core.admission import AdmissionParams
+from pipeserve.core.constraint import WordArray
 from pipeserve.core.sampling import SamplingParams
 
 
@@ -52,6 +53,10 @@ class Sequence:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     admission: AdmissionParams = field(default_factory=AdmissionParams)
+    is_constrained: bool = False
+    """Whether a grammar says what may come next."""
+    mask_W: WordArray | None = None
+    """Of a constrained one: the tokens that may come next; None until that is known."""
     token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     row: int | None = None
@@ -108,6 +113,11 @@ class Sequence:
     def wants_token(self) -> bool:
         """Whether max_tokens allows one more beyond those known and in flight."""
         return self.num_output_tokens + self.num_in_flight < self.sampling.max_tokens
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether its next token cannot be sampled before a mask has come."""
+        return self.is_constrained and self.mask_W is None
 
     @property
     def is_ended(self) -> bool:

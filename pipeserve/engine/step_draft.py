@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeserve.core.batch import MicroBatch, RowStart
+from pipeserve.core.batch import MicroBatch, RowStart, StepMasks
 from pipeserve.engine.sequence import Sequence
 
 
@@ -84,4 +84,15 @@ class StepDraft:
             block_columns=blocks[:, 1],
             block_ids=blocks[:, 2],
             needs_step=max(awaited, default=None),
+            masks=_masks([chunk.sequence for chunk in chunks if chunk.samples]),
         )
+
+
+def _masks(sampled: list[Sequence]) -> StepMasks | None:
+    masks = [(at, s.mask_W) for at, s in enumerate(sampled) if s.mask_W is not None]
+    if not masks:
+        return None
+    return StepMasks(
+        seqs_M=np.array([at for at, _ in masks], np.int32),
+        words_MW=np.stack([mask_W for _, mask_W in masks]),
+    )

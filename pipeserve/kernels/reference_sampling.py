@@ -92,6 +92,19 @@ def apply_bias(
     out_SV[bias.seqs_E, bias.ids_E] = x_E
 
 
+def apply_masks(logits_SV: Tensor, seqs_M: Tensor, words_MW: Tensor) -> None:
+    """Ban, in place, the tokens whose bits are not set in the masks of the rows seqs_M.
+
+    Both int32; a row stands in seqs_M at most once. Bit i % 32 of word i // 32 is token i; tokens
+    beyond the last word are banned.
+    """
+    bits_32 = torch.arange(32, dtype=torch.int32, device=words_MW.device)
+    is_allowed_MV = ((words_MW.unsqueeze(2) >> bits_32) & 1).flatten(1)[:, : logits_SV.shape[1]]
+    missing = logits_SV.shape[1] - is_allowed_MV.shape[1]
+    is_banned_MV = functional.pad(is_allowed_MV, (0, missing)) == 0
+    logits_SV[seqs_M] = logits_SV[seqs_M].masked_fill_(is_banned_MV, float("-inf"))
+
+
 def _penalise(
     x: Tensor,
     in_prompt: Tensor,

@@ -25,6 +25,7 @@ class SamplingBackend:
     sample_filtered: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     apply_penalties: Callable[[Tensor, Tensor, Penalties], Tensor]
     apply_bias: Callable[[Tensor, Tensor, BiasEntries, Tensor, Penalties | None], None]
+    apply_masks: Callable[[Tensor, Tensor, Tensor], None]
     record: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     log_probs: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
@@ -36,6 +37,7 @@ REFERENCE = SamplingBackend(
     sample_filtered=reference_sampling.sample_filtered,
     apply_penalties=reference_sampling.apply_penalties,
     apply_bias=reference_sampling.apply_bias,
+    apply_masks=reference_sampling.apply_masks,
     record=reference_sampling.record,
     log_probs=reference_sampling.log_probs,
 )
@@ -53,6 +55,7 @@ def triton_sampling() -> SamplingBackend:
         sampling,
         sampling_adjust,
         sampling_logprobs,
+        sampling_mask,
         sampling_uniform,
     )
 
@@ -63,6 +66,7 @@ def triton_sampling() -> SamplingBackend:
         sample_filtered=sampling.sample_filtered,
         apply_penalties=sampling_adjust.apply_penalties,
         apply_bias=sampling_adjust.apply_bias,
+        apply_masks=sampling_mask.apply_masks,
         record=sampling_adjust.record,
         log_probs=sampling_logprobs.log_probs,
     )

@@ -104,7 +104,7 @@ class ModelRunner:
                 return to_host(Drawn(ids_S=nobody_S, logprobs=None), scored)
             return Sampled(ids_S=torch.empty(0, dtype=torch.int32), arrived=None, logprobs=None)
         positions_S = (batch.first_positions_S + batch.num_tokens_S)[batch.samples_S]
-        drawn = sampler.sample(logits_SV, rows_S, positions_S)
+        drawn = sampler.sample(logits_SV, rows_S, positions_S, batch.masks)
         self._token_pool.publish(batch.step_id, rows_S, drawn.ids_S)
         return to_host(drawn, scored)
 

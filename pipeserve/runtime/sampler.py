@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeserve.core.batch import IntArray, RowStart
+from pipeserve.core.batch import IntArray, RowStart, StepMasks
+from pipeserve.core.constraint import num_words
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.kernels.sampling_backend import SamplingBackend
 from pipeserve.kernels.sampling_state import Penalties
 from pipeserve.runtime.devices import int_tensor
 from pipeserve.runtime.row_parameters import Method, RowParameters, SamplingStep
 from pipeserve.runtime.sampled import AskedLogprobs, Drawn
-from pipeserve.runtime.step_tensors import Line
+from pipeserve.runtime.step_tensors import Line, upload_masks
 
 
 class Sampler:
@@ -29,7 +30,7 @@ class Sampler:
 
     Memory on the device: nothing until the first row with penalties starts, then R * V * 5 bytes
     for what rows have seen (336 MB for 256 rows of a vocabulary of 262,144). A step with
-    penalties or biased logits copies its logits besides, S * V * 4 bytes while it runs.
+    penalties, biased logits or masks copies its logits besides, S * V * 4 bytes while it runs.
     """
 
     def __init__(
@@ -49,14 +50,25 @@ class Sampler:
                 self._seen = _SeenTokens(self._shape_RV, self._device)
             self._seen.start(start)
 
-    def sample(self, logits_SV: Tensor, rows_S: IntArray, positions_S: IntArray) -> Drawn:
+    def sample(
+        self,
+        logits_SV: Tensor,
+        rows_S: IntArray,
+        positions_S: IntArray,
+        masks: StepMasks | None = None,
+    ) -> Drawn:
         """Sample one token per row, and leave the logits as they are.
 
         positions_S: where in its sequence each token will stand.
         """
         step = self._parameters.step(rows_S, positions_S)
         penalties = self._penalties(step)
-        ids_S = self._draw(self._adjust(logits_SV, step, penalties), step)
+        adjusted_SV = self._adjust(logits_SV, step, penalties)
+        if masks is not None:
+            if adjusted_SV is logits_SV:
+                adjusted_SV = logits_SV.clone()
+            self._kernels.apply_masks(adjusted_SV, *upload_masks(masks, self._device))
+        ids_S = self._draw(adjusted_SV, step)
         if penalties is not None:
             rows = step.on_device
             self._kernels.record(
@@ -128,11 +140,13 @@ def compile_kernels(*, vocab_size: int, device: torch.device, backend: SamplingB
         replace(plain, top_p=0.5, presence_penalty=1.0, logit_bias=((0, 1.0),)),
     )
     sampler = Sampler(num_rows=1, vocab_size=vocab_size, device=device, backend=backend)
+    words_MW = np.full((1, num_words(vocab_size)), -1, dtype=np.int32)
+    masks = StepMasks(seqs_M=np.zeros(1, dtype=np.int32), words_MW=words_MW)
     zero, logits_SV = np.zeros(1, dtype=np.int32), torch.zeros((1, vocab_size), device=device)
     with torch.cuda.device(device):
         for params in cases:
             sampler.start(RowStart(row=0, sampling=params, token_ids=zero, num_prompt_tokens=1))
-            sampler.sample(logits_SV, zero, zero)
+            sampler.sample(logits_SV, zero, zero, masks)
 
 
 class _SeenTokens:

@@ -3,7 +3,7 @@
 Runs on the last stage's thread.
 
 Shapes: S sampled rows of a step, F numbers of a row, G rows that asked for log-probabilities,
-E biased logits of a step.
+E biased logits of a step, M masked rows, W words of a mask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeserve.core.batch import FloatArray, IntArray
+from pipeserve.core.batch import FloatArray, IntArray, StepMasks
 from pipeserve.kernels.sampling_state import BiasEntries
 
 
@@ -109,6 +109,21 @@ def upload(arrays: StepArrays, device: torch.device) -> StepTensors:
         num_asked=len(arrays.asked_G),
         num_entries=num_entries,
     )
+
+
+def upload_masks(masks: StepMasks, device: torch.device) -> tuple[Tensor, Tensor]:
+    """seqs_M and words_MW on the device, in one copy that the host does not wait for."""
+    num_masks, width = masks.words_MW.shape
+    padded = _aligned(width)
+    words = torch.empty(
+        num_masks * padded + num_masks, dtype=torch.int32, pin_memory=device.type == "cuda"
+    )
+    words_MW = words[: num_masks * padded].view(num_masks, padded)
+    words_MW.numpy()[:, :width] = masks.words_MW
+    words_MW.numpy()[:, width:] = 0
+    words[num_masks * padded :].numpy()[:] = masks.seqs_M
+    on_device = words.to(device, non_blocking=True)
+    return on_device[num_masks * padded :], on_device[: num_masks * padded].view(num_masks, padded)
 
 
 def _pack(words: IntArray, arrays: StepArrays, width: int) -> None:

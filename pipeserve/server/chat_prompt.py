@@ -5,7 +5,6 @@ Runs in the text executor; pure functions of their arguments.
 
 from __future__ import annotations
 
-from pipeserve.errors import InvalidParameterError
 from pipeserve.server.chat_requests import ChatCompletionRequest, ChatPrompt
 from pipeserve.server.state import Services
 from pipeserve.text.answer import AnswerForm
@@ -47,17 +46,7 @@ def encode_chat(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def answer_form(request: ChatCompletionRequest, prompt: str, services: Services) -> AnswerForm:
-    """What the answer to this prompt may hold besides text.
-
-    Raises:
-        InvalidParameterError: a call is demanded, which is not possible yet.
-    """
-    if request.forces_a_call:
-        raise InvalidParameterError(
-            'tool_choice demands a call, which this version cannot promise; send "auto" and ask '
-            "for the call in a message",
-            param="tool_choice",
-        )
+    """What the answer to this prompt may hold besides text."""
     features = services.chat_template.features
     tags = None if request.reasoning_format == "none" else features.reasoning
     names = frozenset(tool.function.name for tool in request.offered_tools)

@@ -74,9 +74,14 @@ class ChatPrompt(Body):
         if self.tool_choice == "none":
             return ()
         tools = self.tools or ()
-        if isinstance(self.tool_choice, AllowedToolsChoice):
+        if isinstance(self.tool_choice, AllowedToolsChoice | NamedTool):
             tools = tuple(tool for tool in tools if tool.function.name in self._chosen_names)
         return tools
+
+    @property
+    def names_the_call(self) -> bool:
+        """Whether tool_choice is one function, of which there is to be one call."""
+        return isinstance(self.tool_choice, NamedTool)
 
     @property
     def template_variables(self) -> dict[str, Any]:

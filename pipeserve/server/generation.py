@@ -183,7 +183,11 @@ async def open_choices(
         stack.callback(_count_aborted, choices, record)
         for index, sequence in enumerate(plan.sequences):
             generation = services.engine.generate(
-                sequence.prompt_token_ids, sequence.sampling, admission, timeout_s=timeout_s
+                sequence.prompt_token_ids,
+                sequence.sampling,
+                admission,
+                grammar=plan.grammar,
+                timeout_s=timeout_s,
             )
             generation = await stack.enter_async_context(generation)
             choices.append(_choice(index, generation, sequence, plan, services, record))

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeserve.core.admission import AdmissionParams
+from pipeserve.core.constraint import Grammar
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.errors import InvalidParameterError, PromptTooLongError
+from pipeserve.server.answer_grammar import chat_grammar, form_grammar
 from pipeserve.server.body import check_token_ids, parse
 from pipeserve.server.chat_prompt import answer_form, encode_chat, render_chat, shown_token_ids
 from pipeserve.server.chat_requests import ChatCompletionRequest
@@ -49,6 +51,8 @@ class Plan:
     admission: AdmissionParams
     timeout_s: float | None
     """As the request has it."""
+    grammar: Grammar | None = None
+    """What every answer must match; None: anything."""
     shown_token_ids: tuple[int, ...] = ()
     """Control tokens whose names count as text."""
     generates: bool = True
@@ -72,7 +76,9 @@ def plan_chat(body: bytes, services: Services, strict_fields: bool) -> Plan:
     text = render_chat(request, services)
     _check_size(text, services, param="messages")
     form = answer_form(request, text, services)
-    plan = _plan(request, (encode_chat(text, services.tokenizer),), services, param="messages")
+    grammar = chat_grammar(request, form, services)
+    prompts = (encode_chat(text, services.tokenizer),)
+    plan = _plan(request, prompts, services, param="messages", grammar=grammar)
     return replace(plan, form=form, shown_token_ids=shown_token_ids(form, services))
 
 
@@ -84,7 +90,8 @@ def plan_completion(body: bytes, services: Services, strict_fields: bool) -> Pla
     prompts = [_prompt_token_ids(prompt, request, services) for prompt in request.prompts]
     infill = services.tokenizer.infill
     ends = infill.ends if infill is not None and request.suffix else frozenset[int]()
-    plan = _plan(request, prompts, services, param="prompt", further_ends=ends)
+    grammar = form_grammar(request, services)
+    plan = _plan(request, prompts, services, param="prompt", further_ends=ends, grammar=grammar)
     if request.echo:
         plan = _with_echo(plan, services)
     return replace(plan, generates=request.max_tokens != 0)
@@ -171,18 +178,23 @@ def _plan(
     services: Services,
     *,
     param: str,
+    grammar: Grammar | None,
     further_ends: frozenset[int] = frozenset(),
 ) -> Plan:
     """further_ends: tokens that end an answer besides those that always do."""
     seeds = request.choice_seeds()
     limits = [_max_tokens(request, len(prompt), services, param=param) for prompt in prompts]
     # Made once: a logit_bias can name the whole vocabulary, and all sequences share it.
+    own_ends = services.tokenizer.eos_token_ids
     sampling = request.sampling(
         seed=seeds[0],
         max_tokens=limits[0],
         vocab_size=services.tokenizer.vocab_size,
-        eos_token_ids=services.tokenizer.eos_token_ids | further_ends,
+        eos_token_ids=own_ends | further_ends,
     )
+    if grammar is not None:  # nothing else may follow, also where ends should be ignored
+        stops = tuple(sorted({*sampling.stop_token_ids, *own_ends}))
+        sampling = replace(sampling, stop_token_ids=stops)
     sequences = [
         PlannedSequence(
             prompt_token_ids=prompt, sampling=replace(sampling, seed=seed, max_tokens=max_tokens)
@@ -201,6 +213,7 @@ def _plan(
         num_choices=request.num_choices,
         admission=request.admission,
         timeout_s=request.timeout,
+        grammar=grammar,
     )
 
 

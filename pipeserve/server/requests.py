@@ -16,6 +16,7 @@ from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.sampling import MAX_SEED, SamplingParams
 from pipeserve.errors import InvalidParameterError
 from pipeserve.server.body import Body, Ignored, Refused, check_token_ids, kind_of_text, shown
+from pipeserve.server.structured import FormRequest
 
 MAX_CHOICES = 128
 MAX_SALT_CHARACTERS = 256
@@ -34,12 +35,11 @@ class StreamOptions(Body):
 
 _ECHO = "send echo and logprobs to /v1/completions"
 _NO_SAMPLER = "leave it out; this version has no such sampler"
-_NO_GRAMMAR = "leave it out; this version does not constrain the output"
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class GenerationRequest(Body):
+class GenerationRequest(FormRequest):
     """What chat and plain completions have in common."""
 
     model: str
@@ -82,13 +82,6 @@ class GenerationRequest(Body):
     metadata: Ignored = None
     safety_identifier: Ignored = None
 
-    response_format: Annotated[Any, Refused(_NO_GRAMMAR, {"type": "text"})] = None
-    structured_outputs: Annotated[Any, Refused(_NO_GRAMMAR)] = None
-    guided_json: Annotated[Any, Refused(_NO_GRAMMAR)] = None
-    guided_regex: Annotated[Any, Refused(_NO_GRAMMAR)] = None
-    guided_choice: Annotated[Any, Refused(_NO_GRAMMAR)] = None
-    guided_grammar: Annotated[Any, Refused(_NO_GRAMMAR)] = None
-    grammar: Annotated[Any, Refused(_NO_GRAMMAR, "")] = None
     prompt_logprobs: Annotated[Any, Refused(_ECHO, False)] = None
     use_beam_search: Annotated[Any, Refused("leave it out", False)] = None
 

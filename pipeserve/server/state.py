@@ -17,6 +17,7 @@ from pipeserve.errors import NotReadyError, UnknownModelError
 from pipeserve.server.model_facts import ModelFacts
 from pipeserve.server.text_pool import TextPool
 from pipeserve.text.chat_template import ChatTemplate
+from pipeserve.text.grammar import GrammarCompiler
 from pipeserve.text.tokenizer import Tokenizer
 
 
@@ -50,6 +51,8 @@ class Services:
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     card: ModelCard
+    grammars: GrammarCompiler
+    """Finds out what answers can be held to before they are asked for."""
     text_pool: TextPool
     """Runs parsing, templates and tokenising, which would hold up the event loop."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.constraint import ConstraintFactory
 from pipeserve.engine.client import EngineClient
 from pipeserve.engine.engine import Engine, Inbox
 from pipeserve.engine.messages import EngineMessage
@@ -29,6 +30,7 @@ async def running_engine(
     stage_timeout_s: float = 60.0,
     max_queued_requests: int = 1000,
     max_queued_tokens: int | None = None,
+    constraints: ConstraintFactory | None = None,
     **pipeline_options: Any,
 ) -> AsyncIterator[RunningEngine]:
     """Engine, client and fake pipeline; ended when the context is left."""
@@ -45,7 +47,13 @@ async def running_engine(
     def to_loop(message: EngineMessage) -> None:
         loop.call_soon_threadsafe(client.deliver, message)
 
-    engine = Engine(pipeline=pipeline, inbox=inbox, post=to_loop, stage_timeout_s=stage_timeout_s)
+    engine = Engine(
+        pipeline=pipeline,
+        inbox=inbox,
+        post=to_loop,
+        stage_timeout_s=stage_timeout_s,
+        constraints=constraints,
+    )
     engine.start()
     try:
         yield RunningEngine(client, pipeline)

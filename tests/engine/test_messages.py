@@ -21,8 +21,10 @@ from pipeserve.core.batch import (
     Span,
     StageFailure,
     StepLogprobs,
+    StepMasks,
     StepOutput,
 )
+from pipeserve.core.constraint import Grammar
 from pipeserve.core.layout import LayoutForecast, LayoutSurvey
 from pipeserve.core.loading import LoadNotice, LoadReport, StageProgress
 from pipeserve.core.sampling import SamplingParams
@@ -33,6 +35,7 @@ from pipeserve.engine.messages import (
     Finish,
     FinishReason,
     GetStats,
+    GrammarFailed,
     Load,
     Loaded,
     LoadFailed,
@@ -64,6 +67,10 @@ LOGPROBS = StepLogprobs(
 
 EXAMPLES: tuple[Any, ...] = (
     Submit(seq_id=1, prompt_token_ids=(1, 2), sampling=SAMPLING),
+    Submit(
+        seq_id=2, prompt_token_ids=(1,), sampling=SAMPLING, grammar=Grammar(definition="start: A")
+    ),
+    GrammarFailed(seq_id=1, error="too complex"),
     Finish(seq_id=1),
     Abort(seq_id=1),
     GetStats(reply_id=4),
@@ -119,6 +126,7 @@ EXAMPLES: tuple[Any, ...] = (
         block_columns=np.array([0], np.int32),
         block_ids=np.array([9], np.int32),
         needs_step=2,
+        masks=StepMasks(seqs_M=IDS[:1], words_MW=IDS.reshape(1, 3)),
     ),
     StepOutput(
         step_id=3,
@@ -166,6 +174,7 @@ def test_every_message_has_an_example() -> None:
         for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
     }
     nested = {AdmissionParams, SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
+    nested |= {Grammar, StepMasks}
     assert {type(message) for message in EXAMPLES} == defined - nested
     unions = (messages.FrontMessage, messages.RouterMessage, messages.StartMessage)
     assert {kind for union in unions for kind in get_args(union)} <= defined

@@ -22,6 +22,7 @@ from pipeserve.engine.messages import (
     FinishReason,
     FrontMessage,
     GetStats,
+    GrammarFailed,
     ReplicasChanged,
     RouterMessage,
     SequencesFailed,
@@ -441,3 +442,17 @@ def test_lower_priorities_leave_the_line_first() -> None:
         front.step(0)
         front.step(1)
     assert [seq_id for seq_id, _ in front.placed] == [0, 1, 3, 4, 2]
+
+
+def test_a_grammar_that_fails_frees_its_place_on_the_replica() -> None:
+    front = Front(1, 1)
+    for seq_id in range(3):
+        front.submit(seq_id)
+    assert front.router.num_waiting == 1
+    failed = GrammarFailed(seq_id=0, error="too complex")
+    index = dict(front.placed)[0]
+    del front.replicas[index].owed[0]
+    front.router.take(index, failed)
+    assert front.delivered[-1] == failed
+    assert front.router.num_waiting == 0
+    assert front.placed[-1] == (2, index)

@@ -15,7 +15,7 @@ from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.reserve import MEMORY
 from pipeserve.engine.scheduler import Scheduler
 from pipeserve.engine.sequence import Sequence, SequenceStatus
-from tests.fakes import FakeStages, expected_tokens, facts
+from tests.fakes import FakeStages, checksum_token, expected_tokens, facts, mask_of, take_by_number
 
 ADMISSIONS = st.builds(
     AdmissionParams,
@@ -30,6 +30,22 @@ POLICIES = st.builds(
     mixes_prefill=st.booleans(),
     max_wait_s=st.sampled_from([1.0, 1000.0]),
 )
+
+
+def allowed_after(token_ids: list[int]) -> list[int]:
+    """What a constrained sequence may go on with: a few letters that depend on all before."""
+    first = sum(token_ids) % 23
+    return [ord("a") + first, ord("a") + first + 2, ord("a") + first + 3]
+
+
+def constrained_token(token_ids: list[int], sampling: SamplingParams) -> int:
+    return take_by_number(checksum_token(token_ids, sampling), allowed_after(token_ids))
+
+
+def expected_of(sequence: Sequence) -> list[int]:
+    """The tokens that it has alone."""
+    next_token = constrained_token if sequence.is_constrained else checksum_token
+    return expected_tokens(sequence.prompt_token_ids, sequence.sampling, next_token)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -93,6 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_prompt_logprobs=data.draw(st.sampled_from([None, None, None, 0])),
             ),
             admission=admission,
+            is_constrained=data.draw(st.sampled_from([False, False, True])),
         )
         self.num_submitted += 1
         self.live[sequence.seq_id] = sequence
@@ -113,8 +130,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         sequence = self.live.pop(data.draw(st.sampled_from(sorted(self.live))))
         self.scheduler.end(sequence, status)
         sent = self.tokens[sequence.seq_id]
-        expected = expected_tokens(sequence.prompt_token_ids, sequence.sampling)
+        expected = expected_of(sequence)
         assert sent == expected[: len(sent)]
+
+    @property
+    def awaiting(self) -> list[int]:
+        return sorted(seq_id for seq_id, each in self.live.items() if each.awaits_mask)
+
+    def tell_mask(self, seq_id: int) -> None:
+        sequence = self.live[seq_id]
+        mask_W = mask_of(allowed_after(sequence.token_ids), self.facts.vocab_size)
+        self.scheduler.allow(sequence, mask_W)
+
+    @precondition(lambda self: self.awaiting)
+    @rule(data=st.data())
+    def find_mask(self, data: st.DataObject) -> None:
+        self.tell_mask(data.draw(st.sampled_from(self.awaiting)))
 
     @rule(count=st.integers(1, 4))
     def schedule(self, count: int) -> None:
@@ -134,6 +165,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if output is None:
             return
         events = self.scheduler.update(output)
+        told = {each.seq_id for each, _ in self.scheduler.take_constrained_tokens()}
+        assert told <= set(self.awaiting), "a mask is wanted for whom one is missing"
         for seq_id, token_id, reason in zip(
             events.seq_ids, events.token_ids, events.finish_reasons, strict=True
         ):
@@ -142,7 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.check_complete(self.live.pop(seq_id), reason)
 
     def check_complete(self, sequence: Sequence, reason: FinishReason) -> None:
-        expected = expected_tokens(sequence.prompt_token_ids, sequence.sampling)
+        expected = expected_of(sequence)
         assert self.tokens[sequence.seq_id] == expected
         is_stop = expected[-1] in sequence.sampling.stop_token_ids
         assert reason is (FinishReason.STOP if is_stop else FinishReason.LENGTH)
@@ -172,6 +205,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         while self.live or self.scheduler.has_steps_in_flight:
+            for seq_id in self.awaiting:
+                self.tell_mask(seq_id)
             while (batch := self.scheduler.schedule()) is not None:
                 self.stages.submit(batch)
             ready = self.stages.ready_stages

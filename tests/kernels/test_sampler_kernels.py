@@ -13,13 +13,15 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is a development dependency on the CPU")
 
-from pipeserve.core.batch import StepLogprobs
+from pipeserve.core.batch import StepLogprobs, StepMasks
+from pipeserve.core.constraint import num_words
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.kernels import (
     sampling,
     sampling_adjust,
     sampling_filter,
     sampling_logprobs,
+    sampling_mask,
     sampling_uniform,
 )
 from pipeserve.kernels.sampling_backend import REFERENCE, triton_sampling
@@ -133,19 +135,23 @@ def test_the_host_waits_for_nothing(names: tuple[str, ...], device: torch.device
         start(row, params(**PARAMETERS[name], num_logprobs=2 if row else None), [3, 3])
         for row, name in enumerate(names)
     ]
+    masks = StepMasks(seqs_M=rows[:1], words_MW=np.full((1, num_words(VOCAB_SIZE)), -1, np.int32))
     for position, mode in ((6, nullcontext), (7, syncs_forbidden)):  # first it compiles
         logits_SV = logits_of_step(position, len(names)).to(device)
         torch.cuda.synchronize()
         with mode():
             for row_start in starts:
                 sampler.start(row_start)
-            sampled = to_host(sampler.sample(logits_SV, rows, np.full_like(rows, position)))
+            sampled = to_host(sampler.sample(logits_SV, rows, np.full_like(rows, position), masks))
     assert len(sampled.token_ids()) == len(names)
 
 
 def num_compiled() -> int:
     """Kernels of sampling that this process holds compiled."""
-    modules = (sampling, sampling_adjust, sampling_filter, sampling_logprobs, sampling_uniform)
+    modules = (
+        *(sampling, sampling_adjust, sampling_filter, sampling_logprobs, sampling_mask),
+        sampling_uniform,
+    )
     kernels = {case.kernel for module in modules for case in module.AOT_CASES}
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
@@ -159,6 +165,11 @@ def test_nothing_is_compiled_after_compile_kernels(device: torch.device) -> None
     for num_rows in (1, 2, 7, len(MIXED)):
         for row, sampling_params in enumerate(MIXED[:num_rows]):
             sampler.start(start(row, sampling_params))
-        step(sampler, torch.randn(num_rows, vocab_size, device=device), list(range(num_rows)), 4)
+        logits_SV = torch.randn(num_rows, vocab_size, device=device)
+        rows = np.arange(num_rows, dtype=np.int32)
+        words_MW = np.full((num_rows, num_words(vocab_size)), -1, dtype=np.int32)
+        masks = StepMasks(seqs_M=rows, words_MW=words_MW)
+        sampler.sample(logits_SV, rows, np.full_like(rows, 4), masks)
+        step(sampler, logits_SV, rows.tolist(), 4)
     assert before > 0
     assert num_compiled() == before

@@ -19,6 +19,7 @@ from pipeserve.server.options import LiveOptions
 from pipeserve.server.state import AppState, ModelCard, Services
 from pipeserve.server.text_pool import TextPool
 from pipeserve.text.chat_template import ChatTemplate
+from pipeserve.text.grammar import GrammarCompiler
 from tests.server.fakes import ByteTokenizer, ScriptedEngine
 
 TEMPLATE = (
@@ -68,6 +69,7 @@ def make_services(engine: ScriptedEngine, text_pool: TextPool) -> Services:
         tokenizer=ByteTokenizer(),
         chat_template=ChatTemplate(TEMPLATE, bos_token="<|begin|>", eos_token="<|end|>"),
         card=ModelCard(name="tiny", created=1_700_000_000, fingerprint="fp_test"),
+        grammars=GrammarCompiler(ByteTokenizer, vocab_size=ByteTokenizer.vocab_size),
         text_pool=text_pool,
     )
 

@@ -93,6 +93,7 @@ async def test_a_long_answer_is_not_cut_off_while_it_is_read() -> None:
     connection = Connection.__new__(Connection)  # only what waits for the client to read
     transport = HalfReadTransport()
     connection._loop, connection.transport = asyncio.get_running_loop(), transport
+    connection._paused = False
     connection._limits = SimpleNamespace(patience_s=0.1)  # type: ignore[assignment]
     connection.pause_writing()
     for _ in range(10):
