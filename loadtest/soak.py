@@ -13,29 +13,23 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 import aiohttp
+from daemons import SLOW_STAGE_DAEMON, log_lines, running_daemon, wait_ready
 from resources import Sample, Trend, fit, take_sample
 from streams import StreamFailed, percentile, positive, reason
 from workloads import chat
 
-SLOW_STAGE_DAEMON = Path(__file__).with_name("slow_stage_daemon.py")
 MALFORMED_SHARE = 0.02
 LEAVING_SHARE = 0.1
-START_TIMEOUT_S = 300.0
 SETTLE_TIMEOUT_S = 120.0
 """For the last requests to end and the daemon to notice that all clients are gone."""
 SAMPLE_INTERVAL_S = 2.0
@@ -165,45 +159,6 @@ def check_answer(events: list[dict[str, Any]], max_tokens: int) -> None:
         raise StreamFailed(f"asked for {max_tokens} tokens, got {usage}")
 
 
-@contextmanager
-def running_daemon(delay_s: float, options: list[str], log: IO[bytes]) -> Iterator[int]:
-    """Its process id; the daemon logs JSON into `log`."""
-    command = [sys.executable, str(SLOW_STAGE_DAEMON), str(delay_s), "serve", "--port", "0"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--log-format", "json", *options], stderr=log, env=environ
-    )
-    try:
-        yield process.pid
-        process.send_signal(signal.SIGTERM)
-        status = process.wait(SETTLE_TIMEOUT_S)
-        if status != 0:
-            raise StreamFailed(f"the daemon ended with status {status}")
-    finally:
-        process.kill()
-        process.wait()
-
-
-def log_lines(log: IO[bytes]) -> list[dict[str, Any]]:
-    lines = []
-    for line in Path(log.name).read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            lines.append({"event": line, "level": "not JSON"})
-    return lines
-
-
-async def wait_ready(log: IO[bytes]) -> str:
-    """The daemon's address, once it takes requests."""
-    async with asyncio.timeout(START_TIMEOUT_S):
-        while True:
-            events = {line["event"]: line for line in log_lines(log)}
-            if "ready" in events:
-                return str(events["listening"]["url"]).removesuffix("/v1")
-            await asyncio.sleep(0.2)
-
-
 async def metrics(session: aiohttp.ClientSession) -> dict[str, float]:
     async with session.get("/metrics") as response:
         lines = (await response.text()).splitlines()
@@ -312,17 +267,22 @@ def print_report(tally: Tally, seconds: float, before: Sample, after: Sample) ->
             f"{name}: {trend.first:.1f} after {learning_s:.0f} s, {trend.last:.1f} after "
             f"{seconds:.0f} s by the fitted line ({trend.growth:+.1f}), most {trend.highest:.1f}"
         )
+    tenth = max(1, len(tally.samples) // 10)
+    series = (f"{each.memory_bytes / 1e6:.0f}" for each in tally.samples[::tenth])
+    print("memory, MB, every tenth of the time:", " ".join(series))
     print(f"threads before and after: {before.threads}, {after.threads}")
     print(f"handles before and after: {before.handles}, {after.handles}")
     for surprise, count in Counter(tally.surprises).most_common(10):
         print(f"unexpected, {count} times: {surprise}")
 
 
-async def soak(options: argparse.Namespace, pid: int, log: IO[bytes]) -> bool:
+async def soak(
+    options: argparse.Namespace, daemon: subprocess.Popen[bytes], log: IO[bytes]
+) -> bool:
     tally, seconds = Tally(), options.minutes * 60
-    url = await wait_ready(log)
-    before = await load(url, pid, options.streams, seconds, tally)
-    values, after = await settled(url, pid, before)
+    url = await wait_ready(daemon, log)
+    before = await load(url, daemon.pid, options.streams, seconds, tally)
+    values, after = await settled(url, daemon.pid, before)
     print_report(tally, seconds, before, after)
     found = verdicts(tally, values, before, after, log, options.max_memory_growth)
     for fact, holds in found.items():
@@ -346,10 +306,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
+    program = [str(SLOW_STAGE_DAEMON), str(options.delay)]
     with tempfile.NamedTemporaryFile(prefix="soak-", suffix=".log", delete=False) as log:
         print(f"the daemon's log: {log.name}", flush=True)
-        with running_daemon(options.delay, options.serve, log) as pid:
-            is_good = asyncio.run(soak(options, pid, log))
+        with running_daemon(program, options.serve, log) as daemon:
+            is_good = asyncio.run(soak(options, daemon, log))
     return 0 if is_good else 1
 
 
