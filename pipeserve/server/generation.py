@@ -73,27 +73,26 @@ class Choice:
         """Whether the answer calls tools."""
         return self._parser is not None and self._parser.has_calls
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """Everything new since the last time, at most one Delta per token.
+    async def next_deltas(self) -> list[Delta]:
+        """Waits for something new, at most one Delta per token.
 
-        The last list, with which finish_reason is set, may be empty; no other is.
+        The last list, with which finish_reason is set, may be empty; no other is. There is no next
+        one after that.
 
         Raises:
             EngineError: the pipeline died, or the daemon ended the sequence to stop.
         """
-        async for tokens in self._generation:
-            deltas = self._take_all(tokens)
-            if deltas or self.finish_reason is not None:
-                yield deltas
-            if self.finish_reason is not None:
-                return
+        deltas: list[Delta] = []
+        while not deltas and self.finish_reason is None:
+            deltas = self._take_all(await anext(self._generation))
+        return deltas
 
     async def feed(self, sink: Callable[[list[Delta]], bool]) -> None:
-        """Hands what `deltas` yields to the sink as soon as it is there, until that returns False
-        or has got the last.
+        """Hands what next_deltas would return to the sink as soon as it is there, until that
+        returns False or has got the last.
 
         Raises:
-            EngineError: see deltas.
+            EngineError: see next_deltas.
         """
 
         def take(tokens: list[GeneratedToken]) -> bool:

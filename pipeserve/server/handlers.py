@@ -179,13 +179,12 @@ async def _stream(
 
         opening = reply.opening(choice.index)
         opened = [] if opening is None else [event(opening)]
-        async for deltas in choice.deltas():
+        while choice.finish_reason is None:
+            deltas = await choice.next_deltas()
             await stream.send([*opened, *events(deltas)])
             opened = []
             if choice.finish_reason is None:
                 await choice.feed(lambda deltas: stream.send_now(events(deltas)))
-            if choice.finish_reason is not None:
-                return
 
     await run_together([pump(choice) for choice in choices])
     usage = reply.usage_chunk(_usage(plan, choices))
@@ -198,7 +197,9 @@ async def _answer_whole(
     finished: list[FinishedChoice | None] = [None] * len(choices)
 
     async def collect(choice: Choice) -> None:
-        collected = [delta async for deltas in choice.deltas() for delta in deltas]
+        collected: list[Delta] = []
+        while choice.finish_reason is None:
+            collected += await choice.next_deltas()
         assert choice.finish_reason is not None, "deltas end with a finish reason"
         finished[choice.index] = FinishedChoice(
             choice=choice,
