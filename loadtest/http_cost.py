@@ -122,20 +122,31 @@ async def measure(url: str, pid: int, num_streams: int, max_tokens: int, step_s:
     )
 
 
-def print_cost(cost: Cost) -> None:
-    p50, p99 = (percentile(cost.delays_s, percent) or 0.0 for percent in (50, 99))
-    rows = (
-        ("tokens", f"{cost.tokens}"),
-        ("tokens/s", f"{cost.tokens / cost.wall_s:.0f}"),
-        ("tokens per read of the client", f"{cost.tokens_per_read:.2f}"),
-        ("processor time per token, us", f"{cost.cpu_s / cost.tokens * 1e6:.2f}"),
-        ("tokens/s per core", f"{cost.tokens / cost.cpu_s:.0f}"),
-        ("core used", f"{cost.cpu_s / cost.wall_s:.1%}"),
-        ("from step to client p50, ms", f"{p50 * 1e3:.2f}"),
-        ("from step to client p99, ms", f"{p99 * 1e3:.2f}"),
+COLUMNS = (
+    "us/token",
+    "tokens/s per core",
+    "tokens/s",
+    "core used",
+    "tokens/read",
+    "step to client p50, ms",
+    "p99, ms",
+)
+
+
+def print_row(cost: Cost) -> None:
+    """One run under COLUMNS."""
+    p50_s, p99_s = (percentile(cost.delays_s, percent) or 0.0 for percent in (50, 99))
+    values = (
+        f"{cost.cpu_s / cost.tokens * 1e6:.2f}",
+        f"{cost.tokens / cost.cpu_s:.0f}",
+        f"{cost.tokens / cost.wall_s:.0f}",
+        f"{cost.cpu_s / cost.wall_s:.1%}",
+        f"{cost.tokens_per_read:.2f}",
+        f"{p50_s * 1e3:.2f}",
+        f"{p99_s * 1e3:.2f}",
     )
-    for name, value in rows:
-        print(f"{name:<32}{value}")
+    cells = zip(COLUMNS, values, strict=True)
+    print("  ".join(value.rjust(len(column)) for column, value in cells), flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -155,8 +166,9 @@ def main() -> int:
 
     async def run(daemon: subprocess.Popen[bytes]) -> None:
         url = await wait_ready(daemon, log)
+        print("  ".join(COLUMNS))
         for _ in range(options.runs):
-            print_cost(await measure(url, daemon.pid, options.streams, options.max_tokens, step_s))
+            print_row(await measure(url, daemon.pid, options.streams, options.max_tokens, step_s))
 
     with (
         tempfile.NamedTemporaryFile(prefix="http-cost-", suffix=".log") as log,

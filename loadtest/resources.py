@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def fit(times_s: Sequence[float], values: Sequence[float]) -> Trend:
 def _family(pid: int) -> Iterator[int]:
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            yield from _family(int(child))
+        with suppress(FileNotFoundError):  # the thread has ended
+            for child in children.read_text().split():
+                yield from _family(int(child))
 
 
 def _fields(path: Path) -> Iterator[tuple[str, str]]:

@@ -192,6 +192,8 @@ async def load(url: str, pid: int, streams: int, seconds: float, tally: Tally) -
         sampler = asyncio.create_task(sample_for_ever(pid, tally))
         clients = (Client(session, tally, seed) for seed in range(1, streams + 1))
         await asyncio.gather(*(client.run(until_s) for client in clients))
+        if sampler.done():
+            sampler.result()  # the daemon is gone
         sampler.cancel()
     tally.samples = [each for each in tally.samples if each.at_s <= until_s]
     return before
