@@ -41,7 +41,8 @@ class Generation:
     """
 
     __slots__ = (
-        *("_failure", "_is_ended", "_on_end", "_pouring", "_sink", "_timer", "_tokens", "_waiter"),
+        *("_failure", "_is_ended", "_on_end", "_pouring", "_sink", "_sink_error", "_timer"),
+        *("_tokens", "_waiter"),
         *("num_cached_tokens", "num_queued_tokens", "prompt_logprobs", "seq_id"),
     )
 
@@ -60,6 +61,8 @@ class Generation:
         self._tokens: list[GeneratedToken] = []
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
+        self._sink_error: Exception | None = None
+        """Why feeding ends; not in the waiter, which nobody asks once its task is cancelled."""
         self._pouring: asyncio.Handle | None = None
         """Will hand the tokens to the sink, together with those that come before it runs."""
         self._failure: EngineError | None = None
@@ -136,8 +139,8 @@ class Generation:
             if self._pouring is not None:
                 self._pouring.cancel()
                 self._pouring = None
-        if self._failure is not None and not self._tokens:
-            raise self._failure
+        if self._sink_error is not None:
+            raise self._sink_error
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -171,16 +174,12 @@ class Generation:
         tokens, self._tokens = self._tokens, []
         try:
             wants_more = not tokens or sink(tokens)
+            self._sink_error = self._failure if wants_more else None
         except Exception as error:
-            self._end_wait(error)
-            return
+            wants_more, self._sink_error = False, error
         if not wants_more or self._is_ended or self._failure is not None:
             self._end_wait()
 
-    def _end_wait(self, error: Exception | None = None) -> None:
-        if self._waiter is None or self._waiter.done():
-            return
-        if error is None:
+    def _end_wait(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-        else:
-            self._waiter.set_exception(error)

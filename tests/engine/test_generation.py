@@ -87,6 +87,16 @@ async def test_tokens_come_before_the_failure_that_followed_them() -> None:
         await generation.feed(sink)
 
 
+async def test_a_failure_after_the_last_that_was_wanted_is_nobodys() -> None:
+    generation, sink = make_generation(), Sink()
+    feeding = asyncio.create_task(generation.feed(sink))
+    await until_quiet()
+    push(generation, 0)
+    generation.fail(StageFailedError("stage 1 died"))
+    await feeding
+    assert sink.bunches == [[0]]
+
+
 async def test_what_the_sink_raises_is_raised() -> None:
     generation = make_generation()
 
