@@ -14,6 +14,7 @@ from typing import Self
 from pipeserve.engine.messages import Abort, Finish, FinishReason, TokenLogprobs
 from pipeserve.errors import PipeserveError, RequestTimeoutError
 
+Sink = Callable[[list["GeneratedToken"]], bool]
 OnEnd = Callable[["Generation", Finish | Abort], None]
 
 
@@ -30,10 +31,10 @@ class Generation:
     """The tokens of one sequence as they arrive; an async context manager and iterator.
 
     Iterating yields every token that has arrived since the last were taken, never an empty list,
-    and ends after the token that carries a finish reason or after `finish`. Leaving the context
-    before that aborts the sequence.
+    and ends after the token that carries a finish reason or after `finish`; `feed` hands the same
+    to a function. Leaving the context before that aborts the sequence.
 
-    Raises (while iterating):
+    Raises (while iterating and feeding):
         StageFailedError, StageStalledError: the pipeline died under the sequence.
         NotReadyError: the daemon ended the sequence to stop.
         GrammarError: what its grammar allows next cannot be found out.
@@ -41,7 +42,8 @@ class Generation:
     """
 
     __slots__ = (
-        *("_failure", "_is_ended", "_on_end", "_timer", "_tokens", "_waiter"),
+        *("_failure", "_is_ended", "_on_end", "_pouring", "_sink", "_sink_error", "_timer"),
+        *("_tokens", "_waiter"),
         *("num_cached_tokens", "num_queued_tokens", "prompt_logprobs", "seq_id"),
     )
 
@@ -59,6 +61,11 @@ class Generation:
         generated token."""
         self._tokens: list[GeneratedToken] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
+        self._sink_error: Exception | None = None
+        """Why feeding ends; not in the waiter, which nobody asks once its task is cancelled."""
+        self._pouring: asyncio.Handle | None = None
+        """Will hand the tokens to the sink, together with those that come before it runs."""
         self._failure: PipeserveError | None = None
         self._is_ended = False
 
@@ -109,17 +116,39 @@ class Generation:
 
     async def __anext__(self) -> list[GeneratedToken]:
         if not self._tokens and not self._is_ended and self._failure is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         if self._tokens:
             tokens, self._tokens = self._tokens, []
             return tokens
         if self._failure is not None:
             raise self._failure
         raise StopAsyncIteration
+
+    async def feed(self, sink: Sink) -> None:
+        """Hand all tokens that arrive to the sink, on the event loop, until it returns False.
+
+        No task is woken for them, which costs more than what is done with a token. Returns also
+        once the sequence has ended; raises what the sink raises.
+        """
+        self._sink = sink
+        try:
+            if self._tokens or self._is_ended or self._failure is not None:
+                self._wake()
+            await self._wait()
+        finally:
+            self._sink = None
+            if self._pouring is not None:
+                self._pouring.cancel()
+                self._pouring = None
+        if self._sink_error is not None:
+            raise self._sink_error
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def push(self, token: GeneratedToken) -> None:
         """Take one token from the engine; on the event loop."""
@@ -136,5 +165,22 @@ class Generation:
         self._wake()
 
     def _wake(self) -> None:
+        if self._sink is None:
+            self._end_wait()
+        elif self._pouring is None:
+            self._pouring = asyncio.get_running_loop().call_soon(self._pour, self._sink)
+
+    def _pour(self, sink: Sink) -> None:
+        self._pouring = None
+        tokens, self._tokens = self._tokens, []
+        try:
+            wants_more = not tokens or sink(tokens)
+            self._sink_error = self._failure if wants_more else None
+        except Exception as error:
+            wants_more, self._sink_error = False, error
+        if not wants_more or self._is_ended or self._failure is not None:
+            self._end_wait()
+
+    def _end_wait(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

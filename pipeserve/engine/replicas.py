@@ -309,6 +309,11 @@ class ReplicaRouter:
         return placed
 
     def _count(self, events: TokenEvents) -> None:
+        if self._is_sole:  # nothing is decided by counts
+            for seq_id, finish_reason in zip(events.seq_ids, events.finish_reasons, strict=True):
+                if finish_reason is not None:
+                    self._forget(seq_id)
+            return
         for seq_id, finish_reason in zip(events.seq_ids, events.finish_reasons, strict=True):
             placed = self._placed.get(seq_id)
             if placed is None:  # ended by the front half after the engine sent this

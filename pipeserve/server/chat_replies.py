@@ -5,10 +5,10 @@ Runs on the event loop.
 
 from __future__ import annotations
 
-import json
 import secrets
 import string
 from collections.abc import Iterable, Sequence
+from json.encoder import encode_basestring_ascii
 
 from pipeserve.server.responses import LEAST_LOGPROB, Json, Reply, to_json
 from pipeserve.server.scores import ScoredToken
@@ -34,7 +34,7 @@ class ChatReply(Reply):
 
     def _content(self, parts: AnswerParts) -> str:
         if not (parts.reasoning or parts.calls):
-            return f'"delta":{{"content":{json.dumps(parts.text)}}}'
+            return f'"delta":{{"content":{encode_basestring_ascii(parts.text)}}}'
         delta: Json = {}
         if parts.reasoning:
             delta["reasoning_content"] = parts.reasoning

@@ -5,8 +5,8 @@ Runs on the event loop.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii
 
 from pipeserve.server.responses import LEAST_LOGPROB, Json, Reply
 from pipeserve.server.scores import ScoredToken
@@ -25,7 +25,7 @@ class CompletionReply(Reply):
         return None
 
     def _content(self, parts: AnswerParts) -> str:
-        return f'"text":{json.dumps(parts.text)}'
+        return f'"text":{encode_basestring_ascii(parts.text)}'
 
     def _whole_content(self, parts: AnswerParts) -> Json:
         return {"text": parts.text}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -60,6 +60,8 @@ class Choice:
         self._record = record
         self._generates = generates
         self._echo = echo
+        self._arrived_at: float | None = None
+        """When the latest tokens did."""
 
     @property
     def num_cached_tokens(self) -> int:
@@ -71,27 +73,45 @@ class Choice:
         """Whether the answer calls tools."""
         return self._parser is not None and self._parser.has_calls
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """Everything new since the last time, at most one Delta per token.
+    async def next_deltas(self) -> list[Delta]:
+        """Waits for something new, at most one Delta per token.
 
-        The last list, with which finish_reason is set, may be empty; no other is.
+        The last list, with which finish_reason is set, may be empty; no other is. There is no next
+        one after that.
 
         Raises:
             EngineError: the pipeline died, or the daemon ended the sequence to stop.
         """
-        arrived_at: float | None = None
-        async for tokens in self._generation:
-            deltas = self._take_echo()
-            num_before = self.num_tokens
-            deltas += [delta for token in tokens if (delta := self._take(token)) is not None]
-            num_new = self.num_tokens - num_before
-            arrived_at = self._record.tokens_arrived(num_new, arrived_at)
-            if self.finish_reason is not None:
-                self._record.sequence_finished(self.finish_reason)
-                yield deltas
-                return
-            if deltas:
-                yield deltas
+        deltas: list[Delta] = []
+        while not deltas and self.finish_reason is None:
+            deltas = self._take_all(await anext(self._generation))
+        return deltas
+
+    async def feed(self, sink: Callable[[list[Delta]], bool]) -> None:
+        """Hands what next_deltas would return to the sink as soon as it is there, until that
+        returns False or has got the last.
+
+        Raises:
+            EngineError: see next_deltas.
+        """
+
+        def take(tokens: list[GeneratedToken]) -> bool:
+            deltas = self._take_all(tokens)
+            is_last = self.finish_reason is not None
+            wants_more = sink(deltas) if deltas or is_last else True
+            return wants_more and not is_last
+
+        await self._generation.feed(take)
+
+    def _take_all(self, tokens: Sequence[GeneratedToken]) -> list[Delta]:
+        deltas = self._take_echo()
+        num_before = self.num_tokens
+        deltas += [delta for token in tokens if (delta := self._take(token)) is not None]
+        num_new = self.num_tokens - num_before
+        self._arrived_at = self._record.tokens_arrived(num_new, self._arrived_at)
+        if self.finish_reason is not None:
+            self._record.sequence_finished(self.finish_reason)
+        return deltas
 
     def _take_echo(self) -> list[Delta]:
         """The prompt, ahead of the first token."""

@@ -14,7 +14,7 @@ from pipeserve.engine.stats import EngineStats
 from pipeserve.errors import EngineError, NotReadyError, TextTimeoutError
 from pipeserve.server.chat_replies import ChatReply
 from pipeserve.server.completion_replies import CompletionReply
-from pipeserve.server.generation import Choice, open_choices, run_together
+from pipeserve.server.generation import Choice, Delta, open_choices, run_together
 from pipeserve.server.incoming import read_body
 from pipeserve.server.metrics import Metrics
 from pipeserve.server.middleware import RECORD
@@ -172,14 +172,20 @@ async def _stream(
     request[EVENT_STREAM] = stream
 
     async def pump(choice: Choice) -> None:
-        opening = reply.opening(choice.index)
-        events = [] if opening is None else [event(opening)]
-        async for deltas in choice.deltas():
-            events += [event(reply.delta(choice.index, delta)) for delta in deltas]
+        def events(deltas: list[Delta]) -> list[bytes]:
+            sent = [event(reply.delta(choice.index, delta)) for delta in deltas]
             if choice.finish_reason is not None:
-                events.append(event(reply.closing(choice)))
-            await stream.send(events)
-            events = []
+                sent.append(event(reply.closing(choice)))
+            return sent
+
+        opening = reply.opening(choice.index)
+        opened = [] if opening is None else [event(opening)]
+        while choice.finish_reason is None:
+            deltas = await choice.next_deltas()
+            await stream.send([*opened, *events(deltas)])
+            opened = []
+            if choice.finish_reason is None:
+                await choice.feed(lambda deltas: stream.send_now(events(deltas)))
 
     await run_together([pump(choice) for choice in choices])
     usage = reply.usage_chunk(_usage(plan, choices))
@@ -192,7 +198,9 @@ async def _answer_whole(
     finished: list[FinishedChoice | None] = [None] * len(choices)
 
     async def collect(choice: Choice) -> None:
-        collected = [delta async for deltas in choice.deltas() for delta in deltas]
+        collected: list[Delta] = []
+        while choice.finish_reason is None:
+            collected += await choice.next_deltas()
         assert choice.finish_reason is not None, "deltas end with a finish reason"
         finished[choice.index] = FinishedChoice(
             choice=choice,
