@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeserve.core.batch import IntArray
+from pipeserve.core.batch import IntArray, StepMasks
 from pipeserve.runtime.sampled import Drawn
 from pipeserve.runtime.sampler import Sampler
 from tests.runtime.driver import Result
@@ -38,11 +38,15 @@ def recorded_logits() -> Iterator[LogitRecord]:
     sample = Sampler.sample
 
     def recording(
-        self: Sampler, logits_SV: Tensor, rows_S: IntArray, positions_S: IntArray
+        self: Sampler,
+        logits_SV: Tensor,
+        rows_S: IntArray,
+        positions_S: IntArray,
+        masks: StepMasks | None = None,
     ) -> Drawn:
         for index, key in enumerate(zip(rows_S.tolist(), positions_S.tolist(), strict=True)):
             record.rows[key] = logits_SV[index].cpu().numpy().copy()
-        return sample(self, logits_SV, rows_S, positions_S)
+        return sample(self, logits_SV, rows_S, positions_S, masks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sampler, "sample", recording)

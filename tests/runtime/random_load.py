@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeserve.config import Config
 from pipeserve.core.admission import AdmissionParams
-from pipeserve.core.batch import IntArray, MicroBatch, PipelineFacts
+from pipeserve.core.batch import IntArray, MicroBatch, PipelineFacts, StepMasks
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.engine import Engine, Inbox
 from pipeserve.engine.messages import (
@@ -306,7 +306,11 @@ def _recording(watched: _WatchedPipeline, every: int) -> Iterator[None]:
     sample, num_calls = Sampler.sample, itertools.count()
 
     def recording(
-        self: Sampler, logits_SV: Tensor, rows_S: IntArray, positions_S: IntArray
+        self: Sampler,
+        logits_SV: Tensor,
+        rows_S: IntArray,
+        positions_S: IntArray,
+        masks: StepMasks | None = None,
     ) -> Drawn:
         step = watched.sampling.popleft()
         np.testing.assert_array_equal(rows_S, step.rows_S)
@@ -316,7 +320,7 @@ def _recording(watched: _WatchedPipeline, every: int) -> Iterator[None]:
             keys = zip(step.owners, positions_S.tolist(), strict=True)
             for index, ((served, admission), position) in enumerate(keys):
                 served.logits[admission, position] = host_SV[index]
-        return sample(self, logits_SV, rows_S, positions_S)
+        return sample(self, logits_SV, rows_S, positions_S, masks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sampler, "sample", recording)
