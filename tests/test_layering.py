@@ -21,6 +21,7 @@ ROOT = Path(pipeserve.__file__).parent
 BELOW_DAEMON = {
     "errors", "kernels", "config", "log", "notify", "core", "gguf", "hub", "text", "engine",
     "models", "runtime", "server", "bench", "toolchain", "progress", "planning", "signals",
+    "arguments",
 }  # fmt: skip
 
 HALVES = {
@@ -36,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": {"errors"},
     "gguf": {"errors"},
     "hub": {"errors"},
+    "arguments": {"config"},
     "log": {"config", "errors"},
     "notify": set(),
     "progress": {"core"},
@@ -72,7 +74,7 @@ EVENT_LOOP = frozenset({"asyncio", "aiohttp"})
 WALLS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("server", "engine", "config", "errors", "cli", "log", "notify", "hub"), TORCH),
     **dict.fromkeys(("daemon", "served_model", "engine_host", "replicated_engine"), TORCH),
-    **dict.fromkeys(("ports", "signals", "reload", "watchdog"), TORCH),
+    **dict.fromkeys(("ports", "signals", "reload", "watchdog", "arguments"), TORCH),
     **dict.fromkeys(
         ("engine_process", "engine_child", "toolchain", "restarts", "layout"), TORCH | EVENT_LOOP
     ),

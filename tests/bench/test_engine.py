@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from pipeserve.bench.command_engine import BENCH_ENGINE_EPILOG
 from pipeserve.bench.engine import Result, measure
 from pipeserve.bench.shapes import SHAPES
 from pipeserve.bench.synthetic import provide_model, weight_bytes
 from pipeserve.bench.tracing import NotTraced
 from pipeserve.bench.workload import Batch, Workload, make_workload, missing_options
-from pipeserve.cli import BENCH_ENGINE_EPILOG, main
+from pipeserve.cli import main
 from pipeserve.config import load_config
 from pipeserve.errors import ConfigError
 

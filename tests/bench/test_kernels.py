@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeserve import cli
+from pipeserve.bench import command
 from pipeserve.bench.ceilings import Ceilings
 from pipeserve.bench.kernel_shapes import NAMES, KernelShape, Matrix, kernel_shape
 from pipeserve.errors import ConfigError
@@ -94,7 +95,7 @@ def test_unknown_names_are_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "keep_kernels_in", lambda folder: None)
+    monkeypatch.setattr(command, "keep_kernels_in", lambda folder: None)
     assert run(*arguments, "--cache-dir", str(tmp_path)) == 1
     assert complaint in capsys.readouterr().err
 
@@ -107,7 +108,7 @@ def test_arguments_reach_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return 0
 
     monkeypatch.setattr(kernels, "run", note)
-    monkeypatch.setattr(cli, "keep_kernels_in", lambda folder: None)
+    monkeypatch.setattr(command, "keep_kernels_in", lambda folder: None)
     assert run("--only", "norms, rotary", "--tune", "--cache-dir", str(tmp_path)) == 0
     assert seen == {
         "only": ("norms", "rotary"),
