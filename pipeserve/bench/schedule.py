@@ -11,15 +11,17 @@ from pathlib import Path
 
 from pipeserve.bench import arrivals
 from pipeserve.bench.arrivals import Lengths, Shape, Trace
+from pipeserve.bench.policies import POLICIES, choose_policies
 from pipeserve.bench.schedule_costs import H200_8B, CostModel, parse_costs, split_costs
 from pipeserve.bench.schedule_figures import ScheduleFigures, make_figures
 from pipeserve.bench.schedule_fit import Fit, fit_costs
-from pipeserve.bench.schedule_policy import POLICIES
+from pipeserve.bench.schedule_policy import SimulatedPolicy
 from pipeserve.bench.schedule_record import RecordedRun, read_runs
 from pipeserve.bench.schedule_run import Run
 from pipeserve.bench.schedule_simulator import simulate
 from pipeserve.bench.workload import REQUESTS_PER_CLIENT
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.errors import ConfigError
 
 MEASURED = "measured"
@@ -99,7 +101,7 @@ def run(options: Options) -> ScheduleResult:
     Raises:
         ConfigError: an option or a file cannot be used; the text names it.
     """
-    policies = _choose_policies(options.policies)
+    policies = choose_policies(options.policies)
     fitted = () if options.fit is None else read_runs(options.fit)
     fit = fit_costs([each.run for each in fitted]) if fitted else None
     costs = _choose_costs(options, fit)
@@ -112,14 +114,6 @@ def run(options: Options) -> ScheduleResult:
         cases = list(run_trace(about, trace, change_facts(facts, options), costs, policies))
     errors = None if fit is None else fit.stage_errors
     return ScheduleResult(costs=costs, stage_errors=errors, cases=tuple(cases))
-
-
-def _choose_policies(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in POLICIES:
-            raise ConfigError(f"policies has {name!r}; the known are {', '.join(POLICIES)}")
-    return names
 
 
 def _choose_costs(options: Options, fit: Fit | None) -> CostModel:
@@ -246,7 +240,7 @@ def replay(
 
 
 def _run_case(about: str, name: str, trace: Trace, facts: PipelineFacts, costs: CostModel) -> Case:
-    policy = POLICIES[name](facts)
+    policy = SimulatedPolicy(POLICIES[name](facts, AdmissionPolicy()))
     run = simulate(trace, policy, costs)
     figures = make_figures(run, costs=costs, num_preemptions=policy.num_preemptions)
     return Case(about=about, policy=name, figures=figures, run=run)

@@ -12,12 +12,12 @@ from collections import deque
 from pipeserve.bench.arrivals import Trace
 from pipeserve.bench.recording import Step
 from pipeserve.bench.schedule_costs import CostModel
-from pipeserve.bench.schedule_policy import PlannedStep, Policy
+from pipeserve.bench.schedule_policy import PlannedStep, SimulatedPolicy
 from pipeserve.bench.schedule_run import Run, TimedStep
 from pipeserve.core.batch import Span
 
 
-def simulate(trace: Trace, policy: Policy, costs: CostModel) -> Run:
+def simulate(trace: Trace, policy: SimulatedPolicy, costs: CostModel) -> Run:
     """Until the last request has ended."""
     simulation = _Simulation(trace, policy, costs)
     simulation.run()
@@ -64,7 +64,7 @@ class _Stages:
 class _Simulation:
     """The engine's loop: take in all that has happened, then submit all that fits."""
 
-    def __init__(self, trace: Trace, policy: Policy, costs: CostModel) -> None:
+    def __init__(self, trace: Trace, policy: SimulatedPolicy, costs: CostModel) -> None:
         self._trace = trace
         self._policy = policy
         self._costs = costs

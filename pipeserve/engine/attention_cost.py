@@ -52,7 +52,9 @@ class AttentionCost:
     """A linear model of step times, by least squares that forget: of use is only the ratio of what
     a pair of tokens takes to what a prompt token takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_learned: bool = True) -> None:
+        """is_learned: else all prompt tokens cost the same."""
+        self._is_learned = is_learned
         self._moments = np.zeros((5, 5))
         self._products = np.zeros(5)
         self._square = 0.0
@@ -63,7 +65,7 @@ class AttentionCost:
 
     def note(self, work: StepWork, time_s: float) -> None:
         """A step has come back."""
-        if work.num_prompt_tokens == 0:
+        if not self._is_learned or work.num_prompt_tokens == 0:
             return
         # Scaled to about 1, or the equations could not be solved.
         features = np.array(

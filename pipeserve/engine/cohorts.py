@@ -24,14 +24,17 @@ class Cohort:
 
 
 class Cohorts:
-    """Keeps the cohorts equal in size and takes turns among them.
+    """Keeps the cohorts equal in size, unless told not to, and takes turns among them.
 
     `num_look_ahead` is how many tokens of a sequence may be on their way when its next step is
     scheduled.
     """
 
-    def __init__(self, *, count: int, num_look_ahead: int) -> None:
+    def __init__(self, *, count: int, num_look_ahead: int, is_balanced: bool = True) -> None:
+        """is_balanced: else newcomers join one cohort after the other, and stay."""
         self._cohorts = [Cohort(index) for index in range(count)]
+        self._is_balanced = is_balanced
+        self._num_joined = 0
         self._num_look_ahead = num_look_ahead
 
     @property
@@ -41,7 +44,11 @@ class Cohorts:
 
     def join(self, sequence: Sequence) -> None:
         """A sequence begins to decode: the smallest cohort takes it."""
-        self._put(sequence, min(self._cohorts, key=lambda cohort: len(cohort.sequences)))
+        cohort = self._cohorts[self._num_joined % len(self._cohorts)]
+        self._num_joined += 1
+        if self._is_balanced:
+            cohort = min(self._cohorts, key=lambda each: len(each.sequences))
+        self._put(sequence, cohort)
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence ended or lost its row; the cohorts are evened out again."""
@@ -49,6 +56,8 @@ class Cohorts:
             return
         self._cohorts[sequence.cohort].sequences.remove(sequence)
         sequence.cohort = None
+        if not self._is_balanced:
+            return
         largest = max(self._cohorts, key=lambda cohort: len(cohort.sequences))
         smallest = min(self._cohorts, key=lambda cohort: len(cohort.sequences))
         surplus = len(largest.sequences) - len(smallest.sequences)

@@ -25,8 +25,10 @@ HOLD_EMPTY = 0.9
 class PrefillBudget:
     """Free KV needs no part in it: a prompt is admitted only with the blocks of all its tokens."""
 
-    def __init__(self, facts: PipelineFacts) -> None:
+    def __init__(self, facts: PipelineFacts, *, is_throttled: bool = True) -> None:
+        """is_throttled: else prompts take all the space beside the decode rows."""
         self._facts = facts
+        self._is_throttled = is_throttled
         self._num_tokens = 0.0
 
     def num_tokens(self, *, num_decode_rows: int, num_pending: int, is_decoding: bool) -> int:
@@ -36,6 +38,8 @@ class PrefillBudget:
         """
         most, num_stages = self._facts.max_batch_tokens, self._facts.num_stages
         space = most - num_decode_rows
+        if not self._is_throttled:
+            return space
         if not is_decoding:  # one chunk for each stage, if they are not too small
             return min(space, max(-(-num_pending // num_stages), most // 8))
         held = self._num_tokens * (HOLD if num_pending else HOLD_EMPTY)

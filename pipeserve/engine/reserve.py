@@ -28,8 +28,10 @@ DECAY = 0.998
 class OutputReserve:
     """Expects of a sequence what others went on to have that were once as long."""
 
-    def __init__(self, *, block_size: int) -> None:
+    def __init__(self, *, block_size: int, is_kept: bool = True) -> None:
+        """is_kept: else nothing is expected to come."""
         self._block_size = block_size
+        self._is_kept = is_kept
         self._recent: deque[int] = deque([FIRST_GUESS], maxlen=MEMORY)
         self._lengths = np.array([FIRST_GUESS])
         self._totals = np.array([FIRST_GUESS, 0])
@@ -62,6 +64,8 @@ class OutputReserve:
 
     def most_blocks(self, num_sequences: int) -> int:
         """What so many would want if each became as long as any that is remembered."""
+        if not self._is_kept:
+            return 0
         most = max(self._recent) * num_sequences * (1.0 + self._caution)
         return num_sequences + int(most) // self._block_size
 

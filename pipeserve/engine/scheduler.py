@@ -68,9 +68,9 @@ class Scheduler:
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self._line = WaitingLine(max_wait_s=self.policy.max_wait_s)
-        self.reserve = OutputReserve(block_size=facts.block_size)
-        self._budget = PrefillBudget(facts)
-        self._attention = AttentionCost()
+        self.reserve = OutputReserve(block_size=facts.block_size, is_kept=self.policy.keeps_reserve)
+        self._budget = PrefillBudget(facts, is_throttled=self.policy.throttles_prefill)
+        self._attention = AttentionCost(is_learned=self.policy.weighs_attention)
         self._running: dict[Sequence, None] = {}
         self._precedence = Precedence(self._running.keys(), line=self._line, pool=self.pool)
         self._room = Room(
@@ -82,7 +82,11 @@ class Scheduler:
         )
         self._prefilling: dict[Sequence, None] = {}  # of them, those with prompt left to compute
         self._free_rows = list(range(facts.num_rows - 1, -1, -1))
-        self._cohorts = Cohorts(count=facts.num_stages, num_look_ahead=facts.num_look_ahead)
+        self._cohorts = Cohorts(
+            count=facts.num_stages,
+            num_look_ahead=facts.num_look_ahead,
+            is_balanced=self.policy.balances_cohorts,
+        )
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_step_id = 0
         self._parked: dict[Sequence, Callable[[Sequence], None]] = {}
@@ -168,18 +172,22 @@ class Scheduler:
         """The next micro-batch, or None if the pipeline is full or there is nothing to do."""
         if len(self._in_flight) >= self.facts.num_stages + self.facts.num_look_ahead:
             return None
-        self._make_way()
         draft = StepDraft()
-        if self.policy.mixes_prefill:
-            self._plan_decode(draft)
-            self._plan_prefill(draft)
-        else:
-            self._plan_either(draft)
+        self._plan(draft)
         if not draft.chunks:
             return None
         batch = draft.build(self._next_step_id)
         self._advance(draft)
         return batch
+
+    def _plan(self, draft: StepDraft) -> None:
+        """Choose what the next step computes."""
+        self._make_way()
+        if self.policy.mixes_prefill:
+            self._plan_decode(draft)
+            self._plan_prefill(draft)
+        else:
+            self._plan_either(draft)
 
     def _plan_either(self, draft: StepDraft) -> None:
         """Decode rows or prompt chunks: chunks once every cohort has had a turn."""
@@ -296,6 +304,11 @@ class Scheduler:
             return computing
         if not self._free_rows or not self._room.fits(sequence, found):
             return None
+        self._admit(sequence, found, draft)
+        return sequence
+
+    def _admit(self, sequence: Sequence, found: list[int], draft: StepDraft) -> None:
+        """There is a row for it, and room; `found` are its blocks in the prefix cache."""
         self.pool.share(found)
         taken = self.pool.allocate(self._room.num_blocks(sequence) - len(found))
         assert taken is not None, "there is room"
@@ -307,7 +320,6 @@ class Scheduler:
         draft.add_start(sequence)
         draft.append_blocks(sequence, found + taken)
         self.prefix_cache.note_start(sequence, len(found))
-        return sequence
 
     def _add_chunk(self, sequence: Sequence, budget: float, draft: StepDraft) -> float:
         """Compute as much of its prompt as the budget allows; returns what is left of that."""

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from pipeserve.bench import arrivals
 from pipeserve.bench.arrivals import Lengths, Request, Shape, Trace
+from pipeserve.bench.policies import POLICIES
 from pipeserve.bench.schedule import DEFAULT_FACTS, Options, run
 from pipeserve.bench.schedule_costs import H200_8B, CostModel, StageCosts, parse_costs, split_costs
 from pipeserve.bench.schedule_figures import (
@@ -27,10 +28,12 @@ from pipeserve.bench.schedule_figures import (
     bound_tokens_per_s,
     make_figures,
 )
-from pipeserve.bench.schedule_policy import POLICIES
+from pipeserve.bench.schedule_policy import SimulatedPolicy
 from pipeserve.bench.schedule_run import Run, StepWork, row_work, total_work
 from pipeserve.bench.schedule_simulator import simulate
 from pipeserve.cli import main
+from pipeserve.core.batch import PipelineFacts
+from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.errors import ConfigError
 from tests.fakes import facts
 
@@ -46,8 +49,13 @@ def request(arrival_s: float, prompt: int, output: int) -> Request:
     return Request(arrival_s=arrival_s, num_prompt_tokens=prompt, num_output_tokens=output)
 
 
+def run_policy(trace: Trace, policy: str, costs: CostModel, pipeline: PipelineFacts) -> Run:
+    scheduler = POLICIES[policy](pipeline, AdmissionPolicy())
+    return simulate(trace, SimulatedPolicy(scheduler), costs)
+
+
 def simulated(trace: Trace, policy: str, costs: CostModel, **changes: int) -> Run:
-    return simulate(trace, POLICIES[policy](facts(num_stages=len(costs.stages), **changes)), costs)
+    return run_policy(trace, policy, costs, facts(num_stages=len(costs.stages), **changes))
 
 
 # Stages in virtual time
@@ -67,7 +75,7 @@ def test_a_lone_sequence_passes_stage_after_stage(policy: str) -> None:
     assert [tokens.seq_ids for tokens in result.tokens] == [(0,), (0,)]
     assert result.tokens[0].time_s == pytest.approx(8.2 + 0.25)
     # Our decode step was queued ahead and waits for its token; the plain one is submitted with it.
-    waits_for_host_s = 0.25 if policy == "plain" else 0.0
+    waits_for_host_s = 0.25 if policy in {"plain", "no-look-ahead"} else 0.0
     assert decode.spans[0].start_s == pytest.approx(8.2 + waits_for_host_s + 0.1)
     assert decode.work == StepWork(
         num_decode_rows=1,
@@ -284,7 +292,7 @@ def test_the_command_prints_every_figure_and_draws_the_stages(
     ("options", "message"),
     [
         (Options(clients=4, requests=5), "requests is 5 and clients 4"),
-        (Options(clients=4, policies="ours,best"), "'best'; the known are ours, unmixed, plain"),
+        (Options(clients=4, policies="ours,best"), "'best'; the known are ours, no-balancing, "),
         (Options(poisson=0.0), r"poisson is 0\.0"),
         (Options(bursts="8"), "bursts is '8'"),
         (Options(bursts="0/1"), "bursts is '0/1'"),
@@ -330,7 +338,7 @@ def steady(policy: str, split: tuple[int, ...]) -> ScheduleFigures:
     )
     trace = arrivals.clients(num_clients, shape)
     pipeline = replace(DEFAULT_FACTS, num_stages=len(split), num_blocks=65536, context_length=1024)
-    return make_figures(simulate(trace, POLICIES[policy](pipeline), costs), costs=costs)
+    return make_figures(run_policy(trace, policy, costs, pipeline), costs=costs)
 
 
 @pytest.mark.parametrize("split", [(1, 1), (1, 1, 1, 1)])

@@ -18,7 +18,7 @@ from pipeserve.bench.schedule import MEASURED, Options, run
 from pipeserve.bench.schedule_costs import CostModel, StageCosts
 from pipeserve.bench.schedule_figures import make_figures
 from pipeserve.bench.schedule_fit import fit_costs, solve_non_negative
-from pipeserve.bench.schedule_policy import OurPolicy
+from pipeserve.bench.schedule_policy import SimulatedPolicy
 from pipeserve.bench.schedule_record import RecordedRun, append_run, read_runs
 from pipeserve.bench.schedule_run import Run, StepWork
 from pipeserve.bench.schedule_simulator import simulate
@@ -27,6 +27,7 @@ from pipeserve.bench.synthetic import provide_model
 from pipeserve.bench.workload import make_workload
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
+from pipeserve.engine.scheduler import Scheduler
 from pipeserve.errors import ConfigError
 from tests.fakes import facts
 
@@ -59,7 +60,7 @@ def made_up(num_clients: int, costs: CostModel, prompt: str = "32-512") -> Recor
     return RecordedRun(
         about=f"{num_clients} clients",
         facts=some_facts(),
-        run=simulate(trace, OurPolicy(some_facts()), costs),
+        run=simulate(trace, SimulatedPolicy(Scheduler(some_facts())), costs),
     )
 
 
