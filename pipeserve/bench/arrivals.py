@@ -1,4 +1,4 @@
-"""Arrivals: which requests reach a simulated engine, and when. Values only; imports no torch."""
+"""Arrivals: which requests reach an engine, and when. Values only; imports no torch."""
 
 from __future__ import annotations
 
@@ -68,6 +68,10 @@ class Lengths:
                 f"length is {text!r}; give a number above 0, some (64,2048) or a range (64-8192)"
             )
         return cls(choices=values, is_range=is_range)
+
+    def __str__(self) -> str:
+        """As parse takes it."""
+        return ("-" if self.is_range else ",").join(map(str, self.choices))
 
     @property
     def longest(self) -> int:

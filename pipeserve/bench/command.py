@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeserve.arguments import add_options, names
 from pipeserve.bench.command_engine import add_engine
+from pipeserve.bench.command_policies import add_policies, add_prediction
 from pipeserve.bench.command_schedule import add_schedule
 from pipeserve.config import load_config
 from pipeserve.kernels.tuned_files import own_folder
@@ -36,7 +37,8 @@ BENCH_OPTIONS = (
     "record",
     "json",
     *("poisson", "bursts", "trace", "replay", "fit", "costs", "split", "policies", "seed"),
-    *("kv_tokens", "only", "model_shape", "tune"),
+    *("kv_tokens", "only", "model_shape", "tune", "shared", "policy", "loads", "shorter"),
+    *("seconds", "rounds"),
 )
 
 
@@ -45,7 +47,9 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     bench = commands.add_parser("bench", help="measure this machine", description="Benchmarks.")
     benchmarks = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
     add_engine(benchmarks)
+    add_policies(benchmarks)
     add_schedule(benchmarks)
+    add_prediction(benchmarks)
     add_kernels(benchmarks)
     add_grammars(benchmarks)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeserve.arguments import HTTP_OPTIONS, add_options, count, counts
+from pipeserve.bench.arrivals import Lengths
+from pipeserve.bench.policies import OURS, POLICIES
+from pipeserve.bench.workload import make_workload, missing_options
 from pipeserve.config import Config, load_config
 from pipeserve.log import configure_logging
 from pipeserve.toolchain import keep_kernels_in
@@ -17,11 +22,13 @@ The synthetic file is kept in CACHE_DIR/synthetic and used again. Options that a
 as for serve, but max_num_seqs and max_num_batched_tokens grow to the largest batch. Every run
 follows one of a few output tokens that is not measured. Shapes: llama-8b, llama-70b, llama-1b,
 smollm-135m, tiny. Recipes: q4_k_m, or one type for every matrix: q4_0, q8_0, q6_k, f16, ...
+Lengths are a number (512), some of equal chance (64,2048) or a range (64-8192, log-uniform).
 
 examples:
   pipeserve bench engine --shape llama-8b --batch 1,8,32 --prompt 512 --output 128
   pipeserve bench engine --shape llama-8b --batch 1,32,128 --profile
   pipeserve bench engine --shape llama-8b --devices cuda:0,cuda:1 --clients 512 --json
+  pipeserve bench engine --shape llama-8b --prompt 64-8192 --clients 128 --policy plain
   pipeserve bench engine --model demo --devices cpu,cpu --batch 1,8"""
 
 
@@ -34,13 +41,11 @@ def add_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     engine.set_defaults(run=run_engine)
-    model = engine.add_mutually_exclusive_group(required=True)
-    model.add_argument("--shape", metavar="NAME", help="a synthetic model in this shape")
-    model.add_argument("--model", default=argparse.SUPPRESS, metavar="MODEL", help="as for serve")
+    add_model(engine)
     add = engine.add_argument
-    add("--recipe", default="q4_k_m", metavar="NAME", help="its quantisation. Default: q4_k_m.")
-    add("--prompt", type=count, default=512, metavar="N", help="prompt tokens. Default: 512.")
-    add("--output", type=count, default=128, metavar="N", help="output tokens. Default: 128.")
+    add("--prompt", default="512", metavar="LENGTHS", help="prompt tokens. Default: 512.")
+    add("--output", default="128", metavar="LENGTHS", help="output tokens. Default: 128.")
+    add("--shared", type=count, default=0, metavar="N", help="so many begin all prompts alike")
     load = engine.add_mutually_exclusive_group()
     load.add_argument(
         "--batch",
@@ -52,11 +57,19 @@ def add_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) 
     load.add_argument(
         "--clients", type=count, metavar="N", help="that many clients in a closed loop instead"
     )
+    load.add_argument("--poisson", type=float, metavar="RATE", help="so many arrivals per second")
     add(
         "--requests",
         type=count,
         metavar="N",
-        help="of all clients together. Default: 4 for each client.",
+        help="of all clients together. Default: 4 for each client, or 30 s of arrivals.",
+    )
+    add(
+        "--policy",
+        choices=tuple(POLICIES),
+        default=OURS,
+        metavar="NAME",
+        help=f"who schedules: {', '.join(POLICIES)}. Default: {OURS}.",
     )
     add(
         "--profile",
@@ -81,27 +94,26 @@ def add_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
 
 
-def run_engine(parsed: argparse.Namespace) -> int:
-    """The command `bench engine`."""
-    from pipeserve.bench.workload import make_workload, missing_options
-
-    workload = make_workload(
-        num_prompt_tokens=parsed.prompt,
-        num_output_tokens=parsed.output,
-        batches=parsed.batch,
-        num_clients=parsed.clients,
-        num_requests=parsed.requests,
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """What to load: --shape and --recipe, or --model."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--shape", metavar="NAME", help="a synthetic model in this shape")
+    model.add_argument("--model", default=argparse.SUPPRESS, metavar="MODEL", help="as for serve")
+    parser.add_argument(
+        "--recipe", default="q4_k_m", metavar="NAME", help="its quantisation. Default: q4_k_m."
     )
-    if parsed.profile:
-        traced = tuple(load.num_concurrent for load in workload.loads)
-        workload = dataclasses.replace(workload, traced=traced)
+
+
+def configure(
+    parsed: argparse.Namespace, missing: Callable[[Config], Mapping[str, object]]
+) -> Config:
+    """The options for engine and stages, with a synthetic file as the model where a shape is
+    given. missing: options that nobody set."""
     options = {name: value for name, value in vars(parsed).items() if name in Config.model_fields}
     config = load_config(overrides=options, config_file=parsed.config)
-    options |= missing_options(workload, config)
     configure_logging(level="warning", log_format="auto")
     keep_kernels_in(config.cache_dir)
-    from pipeserve.bench import engine, report  # load torch
-
+    options |= missing(config)
     if parsed.shape is not None:
         from pipeserve.bench.shapes import find_shape
         from pipeserve.bench.synthetic import provide_model
@@ -109,12 +121,32 @@ def run_engine(parsed: argparse.Namespace) -> int:
         folder = config.cache_dir / "synthetic"
         shape = find_shape(parsed.shape)
         options["model"] = str(provide_model(parsed.shape, shape, parsed.recipe, folder=folder))
-    config = load_config(overrides=options, config_file=parsed.config)
+    return load_config(overrides=options, config_file=parsed.config)
+
+
+def run_engine(parsed: argparse.Namespace) -> int:
+    """The command `bench engine`."""
+    workload = make_workload(
+        prompt=Lengths.parse(parsed.prompt),
+        output=Lengths.parse(parsed.output),
+        batches=parsed.batch,
+        num_clients=parsed.clients,
+        num_requests=parsed.requests,
+        rate_per_s=parsed.poisson,
+        num_shared_tokens=parsed.shared,
+    )
+    if parsed.profile:
+        traced = tuple(load.num_concurrent for load in workload.loads if load.num_concurrent)
+        workload = dataclasses.replace(workload, traced=traced)
+    config = configure(parsed, functools.partial(missing_options, workload))
+    from pipeserve.bench import engine, report  # load torch
+
     result = engine.measure(
         config,
         workload,
         on_run=lambda run: print(report.progress_line(run), file=sys.stderr),
         record=parsed.record,
+        policy=parsed.policy,
     )
     print(report.as_json(result) if parsed.json else report.as_table(result))
     if parsed.timeline is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeserve.bench.arrivals import Request
 from pipeserve.bench.recording import Mark, Moment, Recording, Step
-from pipeserve.bench.workload import Batch, Load, Workload
+from pipeserve.bench.workload import Batch, Load
 from pipeserve.models.config import ModelConfig
 
 
@@ -42,22 +43,24 @@ def model_costs(model: ModelConfig, *, weight_bytes: int, kv_token_bytes: int) -
 class Figures:
     """One run. None where the run had no such phase. Rates are of all sequences together."""
 
-    num_concurrent: int
-    """Sequences of the batch, or clients."""
+    num_concurrent: int | None
+    """Sequences of the batch, or clients; None where they come at a rate."""
     num_sequences: int
     duration_s: float
     """From the first submission to the last token."""
     decode_tokens_per_s: float | None
     """Batch: tokens after the moment when the last sequence to start had its first one, over the
     time from there to the end. Clients: tokens of the steady state, which goes from the moment
-    when every client's first sequence had its first token to the last submission."""
+    when every client's first sequence had its first token to the last submission. Arrivals at a
+    rate: until the last one."""
     full_batch_tokens_per_s: float | None
     """Batch: the same, but only until the first sequence ends, so that all decode in every step;
     None where the first had ended before the last one started."""
     prefill_tokens_per_s: float | None
     """Batch: all prompt tokens over the time from submission to the first token of the last
     sequence to start; others decode meanwhile (one output token measures prefill alone).
-    Clients: prompt tokens of the sequences that started in the steady state, over its length."""
+    Otherwise: prompt tokens of the sequences that started in the steady state, until the last of
+    these had."""
     total_tokens_per_s: float
     """Prompt and generated tokens of the whole run over its duration."""
     ttft_p50_ms: float
@@ -77,10 +80,8 @@ class Figures:
     """Products and causal attention of the tokens of prefill_tokens_per_s."""
 
 
-def make_figures(
-    recording: Recording, workload: Workload, load: Load, costs: ModelCosts
-) -> Figures:
-    """The figures of one run of the workload."""
+def make_figures(recording: Recording, load: Load, costs: ModelCosts) -> Figures:
+    """The figures of one run of a workload."""
     times = _token_times(recording)
     ttft_s = [times[seq_id][0] - at_s for seq_id, at_s in recording.submitted_s.items()]
     gaps_s = np.concatenate([np.diff(of_one) for of_one in times.values()])
@@ -90,24 +91,25 @@ def make_figures(
     decode = _Phase.between(recording, Moment.ALL_STARTED, last)
     full = _full_batch_steps(decode, times) if is_batch else []
     full_s = full[-1].time_s - decode.first.time_s if full else 0.0
-    prefill = _prefill_rate(whole if is_batch else decode, times, workload.num_prompt_tokens)
-    num_tokens = workload.num_prompt_tokens + workload.num_output_tokens
+    requests = recording.requests
+    prefill_s, prompts = _prefilled(whole if is_batch else decode, times, requests)
+    num_tokens = sum(r.num_prompt_tokens + r.num_output_tokens for r in requests.values())
     return Figures(
         num_concurrent=load.num_concurrent,
-        num_sequences=load.num_sequences,
+        num_sequences=len(requests),
         duration_s=whole.duration_s,
         decode_tokens_per_s=decode.num_tokens / decode.duration_s if decode.steps else None,
         full_batch_tokens_per_s=sum(len(s.seq_ids) for s in full) / full_s if full else None,
-        prefill_tokens_per_s=prefill,
-        total_tokens_per_s=load.num_sequences * num_tokens / whole.duration_s,
+        prefill_tokens_per_s=sum(prompts) / prefill_s if prompts else None,
+        total_tokens_per_s=num_tokens / whole.duration_s,
         ttft_p50_ms=_percentile_ms(ttft_s, 50),
         ttft_p99_ms=_percentile_ms(ttft_s, 99),
         itl_p50_ms=_percentile_ms(gaps_s, 50) if len(gaps_s) else None,
         itl_p99_ms=_percentile_ms(gaps_s, 99) if len(gaps_s) else None,
         stage_busy=(decode if decode.steps else whole).stage_busy,
         num_preemptions=whole.last.stats.num_preemptions - whole.first.stats.num_preemptions,
-        decode_bytes_per_s=_bytes_read(full, times, workload, costs) / full_s if full else None,
-        prefill_flops_per_s=prefill and prefill * _prefill_flops(workload, costs),
+        decode_bytes_per_s=_bytes_read(full, times, requests, costs) / full_s if full else None,
+        prefill_flops_per_s=_prefill_flops(prompts, costs) / prefill_s if prompts else None,
     )
 
 
@@ -158,33 +160,40 @@ def _full_batch_steps(decode: _Phase, times: TokenTimes) -> list[Step]:
     return [step for step in decode.steps if step.time_s <= first_end_s]
 
 
-def _prefill_rate(phase: _Phase, times: TokenTimes, num_prompt_tokens: int) -> float | None:
-    """Of the sequences whose first token came in the phase, over the time to the last of these."""
-    started_s = [
-        first for first, *_ in times.values() if phase.first.time_s < first <= phase.last.time_s
-    ]
-    if not started_s:
-        return None
-    return len(started_s) * num_prompt_tokens / (max(started_s) - phase.first.time_s)
+def _prefilled(
+    phase: _Phase, times: TokenTimes, requests: Mapping[int, Request]
+) -> tuple[float, list[int]]:
+    """Prompt tokens of the sequences whose first token came in the phase, and the time to the last
+    of these."""
+    started_s = {
+        seq_id: of_one[0]
+        for seq_id, of_one in times.items()
+        if phase.first.time_s < of_one[0] <= phase.last.time_s
+    }
+    prompts = [requests[seq_id].num_prompt_tokens for seq_id in started_s]
+    return max(started_s.values(), default=0.0) - phase.first.time_s, prompts
 
 
 def _bytes_read(
-    steps: Sequence[Step], times: TokenTimes, workload: Workload, costs: ModelCosts
+    steps: Sequence[Step],
+    times: TokenTimes,
+    requests: Mapping[int, Request],
+    costs: ModelCosts,
 ) -> int:
     """A decode step that samples a sequence's k-th token reads the prompt and k - 1 tokens."""
     first_s, last_s = steps[0].time_s, steps[-1].time_s
     num_positions = sum(
-        workload.num_prompt_tokens + index
-        for of_one in times.values()
+        requests[seq_id].num_prompt_tokens + index
+        for seq_id, of_one in times.items()
         for index, time_s in enumerate(of_one)
         if first_s <= time_s <= last_s
     )
     return len(steps) * costs.weight_bytes + num_positions * costs.kv_token_bytes
 
 
-def _prefill_flops(workload: Workload, costs: ModelCosts) -> float:
-    """Of a prompt token, on average: it attends to half of the prompt."""
-    return costs.token_flops + costs.position_flops * (workload.num_prompt_tokens + 1) / 2
+def _prefill_flops(prompts: Iterable[int], costs: ModelCosts) -> float:
+    """Of prompts with so many tokens: each attends to all before it and to itself."""
+    return sum(n * (costs.token_flops + costs.position_flops * (n + 1) / 2) for n in prompts)
 
 
 def _percentile_ms(values_s: Sequence[float] | npt.NDArray[np.float64], percent: float) -> float:

@@ -29,11 +29,10 @@ _COLUMNS = ("seqs", "decode", "full", "prefill", "total", "TTFT", "ITL", "busy",
 
 def as_svg(result: Result) -> str:
     """The middle of the last run: every micro-batch of every stage a bar."""
-    figures = result.runs[-1]
-    rate = figures.total_tokens_per_s
+    rate = result.runs[-1].total_tokens_per_s
     title = (
-        f"{result.model} on {' + '.join(result.devices)}, {figures.num_concurrent} sequences at "
-        f"once: {rate:,.0f} tokens/s"
+        f"{result.model} on {' + '.join(result.devices)}, "
+        f"{result.workload.describe(result.workload.loads[-1])}: {rate:,.0f} tokens/s"
     )
     return timeline.as_svg(
         timeline.middle(result.bars), num_stages=len(result.devices), title=title
@@ -61,7 +60,7 @@ def as_table(result: Result) -> str:
     workload, facts = result.workload, result.facts
     head = (
         f"{result.model}, {result.model_bytes / 1e9:.2f} GB, on {', '.join(result.devices)}: "
-        f"{workload.num_prompt_tokens} prompt + {workload.num_output_tokens} output tokens, "
+        f"{workload.describe_lengths()}, policy {result.policy}, "
         f"{facts.num_blocks * facts.block_size} KV tokens, "
         f"{facts.max_batch_tokens} tokens per micro-batch"
     )
@@ -100,7 +99,8 @@ def _profile_head(profile: CardProfile) -> str:
 def progress_line(figures: Figures) -> str:
     """One finished run, while others are still to come."""
     return (
-        f"{figures.num_concurrent} at once, {figures.duration_s:.1f} s: "
+        f"{figures.num_concurrent or figures.num_sequences} "
+        f"{'at once' if figures.num_concurrent else 'one by one'}, {figures.duration_s:.1f} s: "
         f"decode {_number(figures.decode_tokens_per_s)} tokens/s"
     )
 
@@ -115,7 +115,7 @@ def _card_line(ceilings: Ceilings) -> str:
 def _cells(figures: Figures, result: Result) -> tuple[str, ...]:
     read, compute = figures.decode_bytes_per_s, figures.prefill_flops_per_s
     return (
-        str(figures.num_concurrent),
+        str(figures.num_concurrent or "-"),
         _number(figures.decode_tokens_per_s),
         _number(figures.full_batch_tokens_per_s),
         _number(figures.prefill_tokens_per_s),

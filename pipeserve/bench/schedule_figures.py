@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeserve.bench.arrivals import Request, Trace
 from pipeserve.bench.schedule_costs import CostModel
@@ -47,13 +48,17 @@ class ScheduleFigures:
 
 
 def make_figures(
-    run: Run, *, costs: CostModel | None = None, num_preemptions: int | None = None
+    run: Run,
+    *,
+    costs: CostModel | None = None,
+    num_preemptions: int | None = None,
+    skips_start: bool = False,
 ) -> ScheduleFigures:
-    """The figures of a run that has ended."""
+    """The figures of a run that has ended. skips_start: latencies are of the requests that were
+    submitted, and the tokens that came, in the steady time alone, if there are any."""
     times = _token_times(run)
     steady = _steady(run, times)
-    ttft_s = [times[seq_id][0] - at_s for seq_id, at_s in run.submitted_s.items()]
-    gaps_s = np.concatenate([np.diff(of_one) for of_one in times.values()])
+    ttft_s, gaps_s = _latencies_s(run, times, steady if skips_start else None)
     first_s, last_s = min(run.submitted_s.values()), max(t.time_s for t in run.tokens)
     num_tokens = sum(r.num_prompt_tokens + r.num_output_tokens for r in run.trace.requests)
     num_steady = sum(len(t.seq_ids) for t in run.tokens if _is_in(t.time_s, steady))
@@ -88,6 +93,23 @@ def make_figures(
         num_preemptions=num_preemptions,
         bound_tokens_per_s=None if costs is None else bound_tokens_per_s(run.trace, costs),
     )
+
+
+def _latencies_s(
+    run: Run, times: TokenTimes, window: Span | None
+) -> tuple[list[float], npt.NDArray[np.float64]]:
+    """To first tokens, and between tokens."""
+    first = {seq_id: times[seq_id][0] - at_s for seq_id, at_s in run.submitted_s.items()}
+    chosen = [
+        wait_s
+        for seq_id, wait_s in first.items()
+        if window is None or _is_in(run.submitted_s[seq_id], window)
+    ]
+    gaps_s = np.concatenate([np.diff(of_one) for of_one in times.values()])
+    ends_s = np.concatenate([np.array(of_one[1:]) for of_one in times.values()])
+    if window is not None:
+        gaps_s = gaps_s[(ends_s > window.start_s) & (ends_s <= window.end_s)]
+    return chosen or list(first.values()), gaps_s
 
 
 TokenTimes = dict[int, list[float]]

@@ -14,7 +14,6 @@ from typing import Any
 from pipeserve.bench.arrivals import Request, Trace
 from pipeserve.bench.recording import Recording, Step
 from pipeserve.bench.schedule_run import Run, StepWork, TimedStep
-from pipeserve.bench.workload import Clients, Load, Workload
 from pipeserve.core.batch import PipelineFacts, Span
 from pipeserve.errors import ConfigError
 
@@ -31,32 +30,20 @@ class RecordedRun:
     run: Run
 
 
-def make_run(
-    recording: Recording, steps: Sequence[TimedStep], workload: Workload, load: Load
-) -> Run:
-    """The run that the benchmark has just recorded; steps of an earlier one are left out."""
+def make_run(recording: Recording, steps: Sequence[TimedStep]) -> Run:
+    """The run that has just been recorded; steps of an earlier one are left out."""
     began_s = min(recording.submitted_s.values())
-    first_id = min(recording.submitted_s)
-    requests = tuple(
-        Request(
-            arrival_s=recording.submitted_s[seq_id] - began_s,
-            num_prompt_tokens=workload.num_prompt_tokens,
-            num_output_tokens=workload.num_output_tokens,
-        )
-        for seq_id in sorted(recording.submitted_s)
-    )
+    places = {seq_id: place for place, seq_id in enumerate(recording.requests)}
+    requests = tuple(recording.requests.values())
     return Run(
-        trace=Trace(
-            requests=requests,
-            num_clients=load.num_clients if isinstance(load, Clients) else None,
-        ),
+        trace=Trace(requests=requests, num_clients=recording.num_clients),
         num_stages=len(steps[0].spans),
-        submitted_s={index: request.arrival_s for index, request in enumerate(requests)},
+        submitted_s={place: request.arrival_s for place, request in enumerate(requests)},
         steps=[step.since(began_s) for step in steps if step.submitted_s >= began_s],
         tokens=[
             Step(
                 time_s=step.time_s - began_s,
-                seq_ids=tuple(seq_id - first_id for seq_id in step.seq_ids),
+                seq_ids=tuple(places[seq_id] for seq_id in step.seq_ids),
             )
             for step in recording.steps
         ],

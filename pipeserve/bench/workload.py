@@ -1,4 +1,4 @@
-"""Workloads of `pipeserve bench engine`: how many sequences of which lengths, submitted when.
+"""Workloads of real stages: how many sequences of which lengths, submitted when.
 
 Values only; imports no torch, so that the command line can build them.
 """
@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeserve.bench import arrivals
+from pipeserve.bench.arrivals import Lengths, Shape, Trace
 from pipeserve.config import Config
 from pipeserve.errors import ConfigError
 
 REQUESTS_PER_CLIENT = 4
+ARRIVALS_S = 30.0
+"""For so long requests arrive at a rate, where their number is not given."""
 LEAST_ROWS = 64
 """max_num_seqs where neither an option nor the workload asks for more."""
 
@@ -39,50 +43,91 @@ class Clients:
         return self.num_clients
 
 
-Load = Batch | Clients
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poisson:
+    """Independent arrivals, whether those before have ended or not."""
+
+    rate_per_s: float
+    """On average."""
+    num_sequences: int
+
+    @property
+    def num_concurrent(self) -> None:
+        """Whatever the rate makes it."""
+        return None
+
+
+Load = Batch | Clients | Poisson
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Runs that follow each other on one engine, all of the same lengths."""
+    """Runs that follow each other on one engine, all with lengths of the same kind."""
 
-    num_prompt_tokens: int
-    num_output_tokens: int
-    """Of every sequence: no token ends one early."""
+    prompt: Lengths
+    output: Lengths
+    """No token ends a sequence early."""
     loads: tuple[Load, ...]
+    num_shared_tokens: int = 0
+    """All prompts that are longer begin with the same so many tokens."""
+    seed: int = 0
+    """Of lengths and arrivals."""
     traced: tuple[int, ...] = ()
     """After the runs, a steady decode of so many sequences is traced kernel by kernel."""
 
-    @property
-    def num_concurrent(self) -> int:
-        """Most sequences that run at once in any of the runs."""
-        return max(load.num_concurrent for load in self.loads)
+    def make_trace(self, load: Load) -> Trace:
+        """The requests of one of its runs."""
+        shape = Shape(
+            num_requests=load.num_sequences, prompt=self.prompt, output=self.output, seed=self.seed
+        )
+        match load:
+            case Batch():
+                return arrivals.bursts(load.num_sequences, 1.0, shape)
+            case Clients():
+                return arrivals.clients(load.num_clients, shape)
+            case Poisson():
+                return arrivals.poisson(load.rate_per_s, shape)
 
     def describe(self, load: Load) -> str:
         """One of its runs, for people."""
-        kind = "clients" if isinstance(load, Clients) else "sequences at once"
-        return (
-            f"{load.num_concurrent} {kind}, {self.num_prompt_tokens} prompt + "
-            f"{self.num_output_tokens} output tokens"
-        )
+        match load:
+            case Batch():
+                kind = f"{load.num_sequences} sequences at once"
+            case Clients():
+                kind = f"{load.num_clients} clients"
+            case Poisson():
+                kind = f"{load.rate_per_s:g} requests/s"
+        return f"{kind}, {self.describe_lengths()}"
+
+    def describe_lengths(self) -> str:
+        """Of all its runs, for people."""
+        shared = f" ({self.num_shared_tokens} shared)" if self.num_shared_tokens else ""
+        return f"{self.prompt} prompt{shared} + {self.output} output tokens"
 
 
 def make_workload(
     *,
-    num_prompt_tokens: int,
-    num_output_tokens: int,
+    prompt: Lengths,
+    output: Lengths,
     batches: tuple[int, ...],
     num_clients: int | None,
     num_requests: int | None,
+    rate_per_s: float | None = None,
+    num_shared_tokens: int = 0,
 ) -> Workload:
-    """Batches one after another, or clients where num_clients is given.
+    """Batches one after another, or clients where num_clients is given, or arrivals at a rate.
 
     Raises:
-        ConfigError: requests without clients, or too few for a steady state.
+        ConfigError: requests without clients and rate, too few for a steady state, or no rate.
     """
-    if num_clients is None and num_requests is not None:
-        raise ConfigError("requests is for a closed loop: give clients too")
+    if num_clients is None and rate_per_s is None and num_requests is not None:
+        raise ConfigError("requests is for a closed loop or arrivals: give clients or poisson too")
     loads: tuple[Load, ...] = tuple(Batch(num_sequences=size) for size in batches)
+    if rate_per_s is not None:
+        if not 0 < rate_per_s < float("inf"):
+            raise ConfigError(f"poisson is {rate_per_s}; give arrivals per second above 0")
+        num_sequences = num_requests or max(1, round(ARRIVALS_S * rate_per_s))
+        loads = (Poisson(rate_per_s=rate_per_s, num_sequences=num_sequences),)
     if num_clients is not None:
         num_sequences = num_requests or REQUESTS_PER_CLIENT * num_clients
         if num_sequences < 2 * num_clients:
@@ -91,13 +136,12 @@ def make_workload(
                 "least 2 requests per client"
             )
         loads = (Clients(num_clients=num_clients, num_sequences=num_sequences),)
-    return Workload(
-        num_prompt_tokens=num_prompt_tokens, num_output_tokens=num_output_tokens, loads=loads
-    )
+    return Workload(prompt=prompt, output=output, loads=loads, num_shared_tokens=num_shared_tokens)
 
 
 def missing_options(workload: Workload, config: Config) -> dict[str, int]:
     """Options that nobody set and that must fit this workload."""
-    if config.max_num_seqs is not None:
+    sizes = [load.num_concurrent for load in workload.loads if load.num_concurrent is not None]
+    if config.max_num_seqs is not None or not sizes:
         return {}
-    return {"max_num_seqs": max(LEAST_ROWS, workload.num_concurrent)}
+    return {"max_num_seqs": max(LEAST_ROWS, *sizes)}

@@ -73,13 +73,15 @@ class Engine:
         stage_timeout_s: float,
         policy: AdmissionPolicy | None = None,
         constraints: ConstraintFactory | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
-        """constraints: compiles grammars; None where no sequence brings one."""
+        """constraints: compiles grammars; None where no sequence brings one. scheduler: in place
+        of the one that would be made for the policy."""
         self._pipeline = pipeline
         self._inbox = inbox
         self._post = post
         self._stage_timeout_s = stage_timeout_s
-        self._scheduler = Scheduler(pipeline.facts, policy)
+        self._scheduler = scheduler or Scheduler(pipeline.facts, policy)
         self._masks = None if constraints is None else MaskWorkers(constraints, inbox.put)
         self._sequences: dict[int, Sequence] = {}
         self._recorder = StepRecorder(pipeline.facts.num_stages)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeserve.bench.arrivals import Lengths
 from pipeserve.bench.command_engine import BENCH_ENGINE_EPILOG
 from pipeserve.bench.engine import Result, measure
 from pipeserve.bench.shapes import SHAPES
@@ -21,6 +22,7 @@ from pipeserve.config import load_config
 from pipeserve.errors import ConfigError
 
 TINY = SHAPES["tiny"]
+ONE = Lengths.parse("1")
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,8 @@ def measured(
     path = provide_model("tiny", TINY, recipe, folder=folder)
     overrides = {"model": str(path), "devices": "cpu,cpu", **options}
     workload = make_workload(
-        num_prompt_tokens=prompt,
-        num_output_tokens=output,
+        prompt=Lengths.parse(str(prompt)),
+        output=Lengths.parse(str(output)),
         batches=batches,
         num_clients=num_clients,
         num_requests=None,
@@ -109,8 +111,8 @@ def test_what_does_not_fit_is_refused(folder: Path, options: dict[str, Any], mes
 def test_rows_grow_with_the_load_unless_they_are_set() -> None:
     def grown(num_clients: int | None, **overrides: int) -> dict[str, int]:
         workload = make_workload(
-            num_prompt_tokens=1,
-            num_output_tokens=1,
+            prompt=ONE,
+            output=ONE,
             batches=(8, 300),
             num_clients=num_clients,
             num_requests=None,
@@ -124,15 +126,15 @@ def test_rows_grow_with_the_load_unless_they_are_set() -> None:
 
 @pytest.mark.parametrize(
     ("num_clients", "num_requests", "message"),
-    [(None, 5, "give clients too"), (4, 7, "requests is 7 and clients 4")],
+    [(None, 5, "give clients or poisson too"), (4, 7, "requests is 7 and clients 4")],
 )
 def test_requests_that_make_no_steady_state_are_refused(
     num_clients: int | None, num_requests: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_workload(
-            num_prompt_tokens=1,
-            num_output_tokens=1,
+            prompt=ONE,
+            output=ONE,
             batches=(1,),
             num_clients=num_clients,
             num_requests=num_requests,
@@ -149,7 +151,7 @@ def test_the_command_prints_json(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert ended.value.code == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed["devices"] == ["cpu"]
-    assert printed["workload"]["num_output_tokens"] == 3
+    assert printed["workload"]["output"]["choices"] == [3]
     assert [run["num_concurrent"] for run in printed["runs"]] == [1, 2]
     assert all(run["decode_tokens_per_s"] > 0 for run in printed["runs"])
     assert all(run["copy_share"] is None for run in printed["runs"]), "there is no card"
@@ -174,8 +176,8 @@ def test_a_steady_decode_on_a_gpu_is_traced(folder: Path) -> None:
     path = provide_model("tiny", TINY, "q4_k_m", folder=folder)
     config = load_config(overrides={"model": str(path), "devices": "cuda:0"}, environ={})
     workload = Workload(
-        num_prompt_tokens=20,
-        num_output_tokens=4,
+        prompt=Lengths.parse("20"),
+        output=Lengths.parse("4"),
         loads=(Batch(num_sequences=2),),
         traced=(2,),
     )

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 
+from pipeserve.bench.arrivals import Request, Trace
 from pipeserve.bench.figures import Figures, ModelCosts, make_figures, model_costs
 from pipeserve.bench.recording import Mark, Moment, Recorder, Recording, Step
 from pipeserve.bench.shapes import SHAPES
-from pipeserve.bench.workload import Batch, Clients, Load, Workload
+from pipeserve.bench.workload import Batch, Clients, Load
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.messages import EngineFailed, FrontMessage, Submit
 from pipeserve.engine.stats import EngineStats
@@ -42,13 +43,18 @@ def figures(
     steps: list[tuple[float, tuple[int, ...]]],
     marks: tuple[Mark, Mark, Mark, Mark],
 ) -> Figures:
+    requests = {
+        seq_id: Request(arrival_s=at_s, num_prompt_tokens=100, num_output_tokens=num_output_tokens)
+        for seq_id, at_s in submitted_s.items()
+    }
     recording = Recording(
+        requests=requests,
+        num_clients=load.num_clients if isinstance(load, Clients) else None,
         submitted_s=submitted_s,
         steps=[Step(time_s=time_s, seq_ids=seq_ids) for time_s, seq_ids in steps],
         marks=dict(zip(Moment, marks, strict=True)),
     )
-    workload = Workload(num_prompt_tokens=100, num_output_tokens=num_output_tokens, loads=(load,))
-    return make_figures(recording, workload, load, COSTS)
+    return make_figures(recording, load, COSTS)
 
 
 def test_a_batch_whose_second_sequence_starts_later() -> None:
@@ -140,6 +146,7 @@ def test_a_dead_engine_ends_the_run(stalled: bool, kind: type[Exception]) -> Non
 
     sampling = SamplingParams(max_tokens=1, seed=0)
     submission = Submit(seq_id=0, prompt_token_ids=(1,), sampling=sampling)
-    recorder = Recorder(post=post, load=Batch(num_sequences=1), submissions=[submission])
+    trace = Trace(requests=(Request(arrival_s=0.0, num_prompt_tokens=1, num_output_tokens=1),))
+    recorder = Recorder(post=post, trace=trace, submissions=[submission])
     with pytest.raises(kind, match="stage 1 failed: boom"):
         recorder.run()

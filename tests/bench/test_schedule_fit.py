@@ -143,7 +143,11 @@ def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_a_record_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
     workload = make_workload(
-        num_prompt_tokens=1, num_output_tokens=1, batches=(1,), num_clients=None, num_requests=None
+        prompt=Lengths.parse("1"),
+        output=Lengths.parse("1"),
+        batches=(1,),
+        num_clients=None,
+        num_requests=None,
     )
     with pytest.raises(ConfigError, match=r"cannot write the record .*runs\.jsonl: No such"):
         measure(
@@ -167,8 +171,8 @@ def test_the_engine_benchmark_records_its_runs(tmp_path: Path) -> None:
     path = provide_model("tiny", find_shape("tiny"), "q4_k_m", folder=tmp_path)
     record = tmp_path / "runs.jsonl"
     workload = make_workload(
-        num_prompt_tokens=20,
-        num_output_tokens=5,
+        prompt=Lengths.parse("20"),
+        output=Lengths.parse("5"),
         batches=(1,),
         num_clients=2,
         num_requests=6,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeserve.bench import engine, report
+from pipeserve.bench.arrivals import Lengths
 from pipeserve.bench.shapes import find_shape
 from pipeserve.bench.synthetic import provide_model
 from pipeserve.bench.timeline import Bar, as_svg, busy_shares, middle
@@ -64,8 +65,8 @@ def test_every_bar_is_drawn_in_the_lane_of_its_stage() -> None:
 def test_a_run_leaves_bars_of_all_its_steps(tmp_path: Path) -> None:
     path = provide_model("tiny", find_shape("tiny"), "q4_k_m", folder=tmp_path)
     workload = make_workload(
-        num_prompt_tokens=20,
-        num_output_tokens=5,
+        prompt=Lengths.parse("20"),
+        output=Lengths.parse("5"),
         batches=(2,),
         num_clients=None,
         num_requests=None,
