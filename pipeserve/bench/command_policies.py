@@ -25,6 +25,7 @@ Everything runs on one pipeline, one run after the other. Where a stage is on a 
 an eighth (--shorter 8). Loads, prompt + output tokens:
 
   uniform   512 + 128, clients in a closed loop
+  varied    512 + 64 to 256
   mixed     64 to 8192 + 64 to 256
   poisson   512 + 128, arriving at 0.8 of the rate that uniform showed for ours
   shared    512 + 128, of which all prompts share the first 448
@@ -36,7 +37,7 @@ POLICIES_EPILOG += """.
 examples:
   pipeserve bench policies --model demo --devices cpu,cpu
   pipeserve bench policies --shape llama-8b --devices cuda:0,cuda:1
-  pipeserve bench policies --model demo --devices cpu,cpu --loads uniform --rounds 3 \\
+  pipeserve bench policies --model demo --devices cpu,cpu --loads varied --rounds 3 \\
       --policies ours,plain"""
 
 PREDICTION_EPILOG = """\

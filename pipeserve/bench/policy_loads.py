@@ -46,17 +46,18 @@ class PolicyLoad:
 
 
 LOADS = (
+    PolicyLoad(name="uniform", prompt="512", output="128", policies=(OURS, "plain")),
     PolicyLoad(
-        name="uniform",
+        name="varied",
         prompt="512",
-        output="128",
-        policies=(OURS, "plain", "no-throttling", "no-mixing", "no-look-ahead"),
+        output="64-256",
+        policies=(OURS, "plain", "no-throttling", "no-mixing", "no-balancing", "no-look-ahead"),
     ),
     PolicyLoad(
         name="mixed",
         prompt="64-8192",
         output="64-256",
-        policies=(OURS, "plain", "no-balancing", "no-throttling", "no-attention-cost"),
+        policies=(OURS, "plain", "no-throttling", "no-attention-cost"),
     ),
     PolicyLoad(name="poisson", prompt="512", output="128", policies=(OURS, "plain"), is_open=True),
     PolicyLoad(
@@ -70,7 +71,7 @@ LOADS = (
         name="tight",
         prompt="512",
         output="64-1024",
-        policies=(OURS, "no-reserve", "plain"),
+        policies=(OURS, "no-reserve"),
         is_tight=True,
     ),
 )
