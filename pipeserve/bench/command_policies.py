@@ -26,10 +26,10 @@ an eighth (--shorter 8). Loads, prompt + output tokens:
 
   uniform   512 + 128, clients in a closed loop
   varied    512 + 64 to 256
-  mixed     64 to 8192 + 64 to 256
-  poisson   512 + 128, arriving at 0.8 of the rate that uniform showed for ours
+  mixed     64 to 8192 + 64 to 256, for twice --seconds
+  poisson   512 + 128, arriving at 0.8 of the rate that uniform showed first
   shared    512 + 128, of which all prompts share the first 448
-  tight     512 + 64 to 1024, in a KV cache for 0.4 of the clients
+  tight     512 + 64 to 1024, in a KV cache for a quarter of the clients
 
 Policies: """ + ", ".join(POLICIES)
 POLICIES_EPILOG += """.
@@ -65,7 +65,7 @@ def add_policies(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]
     add("--policies", metavar="LIST", help="under every load. Default: those that it tells apart.")
     add("--clients", type=count, metavar="N", help="Default: 8 for each CPU stage, 128 on GPUs.")
     add("--shorter", type=count, metavar="N", help="divides all lengths. Default: 8 on CPUs, or 1.")
-    add("--seconds", type=float, default=10.0, metavar="S", help="of a run. Default: 10.")
+    add("--seconds", type=float, default=8.0, metavar="S", help="of a run. Default: 8.")
     add("--rounds", type=count, default=1, metavar="N", help="runs of each. Default: 1.")
     _add_common(policies)
 

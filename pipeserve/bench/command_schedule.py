@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from pipeserve.arguments import count, counts
+from pipeserve.bench.policies import POLICIES
 
 BENCH_SCHEDULE_EPILOG = """\
 The costs are microseconds of the whole model, which --split cuts into stages: per step, per row
@@ -48,7 +49,12 @@ def add_schedule(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]
     costs.add_argument("--fit", type=Path, metavar="FILE", help="take costs from recorded runs")
     costs.add_argument("--costs", metavar="LIST", help="of the whole model. Default: 8B on an H200")
     add("--split", type=counts, metavar="LIST", help="the stages' shares of it. Default: 1,1.")
-    add("--policies", default="ours,plain", metavar="LIST", help="Default: ours,plain.")
+    add(
+        "--policies",
+        default="ours,plain",
+        metavar="LIST",
+        help=f"of {', '.join(POLICIES)}. Default: ours,plain.",
+    )
     add("--max-num-seqs", type=count, metavar="N", help="Default: 256, or as recorded.")
     add("--max-num-batched-tokens", type=count, metavar="N", help="Default: 2048, or as recorded.")
     add("--kv-tokens", type=count, metavar="N", help="Default: 262144, or as recorded.")

@@ -10,21 +10,19 @@ from dataclasses import dataclass, replace
 
 from pipeserve.bench.arrivals import Lengths
 from pipeserve.bench.policies import OURS
-from pipeserve.bench.workload import Clients, Load, Poisson, Workload
+from pipeserve.bench.workload import Clients, Load, Poisson, Workload, timed_clients
 from pipeserve.core.batch import PipelineFacts
 from pipeserve.errors import ConfigError
 
 POISSON_SHARE = 0.8
-"""Of the requests per second that our scheduler completed for the clients of the first load."""
-TIGHT_SHARE = 0.4
+"""Of the requests per second that the first policy completed for the clients of the first load."""
+TIGHT_SHARE = 0.25
 """Of the KV that all clients of the load "tight" would want at most."""
 CPU_SHORTER = 8
 """So many times shorter than on GPUs are all lengths where a stage is on a CPU."""
 CPU_CLIENTS = 8
 GPU_CLIENTS = 128
 """For each stage."""
-MOST_GENERATIONS = 64
-"""Requests that are made up for each client: more than end in any run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +41,8 @@ class PolicyLoad:
     """Requests come at a rate that ours can serve, whoever is still waiting."""
     is_tight: bool = False
     """The KV cache holds fewer sequences than there are clients."""
+    lasts: int = 1
+    """Times as long as other loads: until every client has its first token, it is not steady."""
 
 
 LOADS = (
@@ -58,6 +58,7 @@ LOADS = (
         prompt="64-8192",
         output="64-256",
         policies=(OURS, "plain", "no-throttling", "no-attention-cost"),
+        lasts=2,
     ),
     PolicyLoad(name="poisson", prompt="512", output="128", policies=(OURS, "plain"), is_open=True),
     PolicyLoad(
@@ -106,11 +107,12 @@ def shorten(lengths: str, factor: int) -> Lengths:
 def make_workload(
     load: PolicyLoad, *, num_clients: int, shorter: int, rate_per_s: float | None, run_s: float
 ) -> Workload:
-    """One run of run_s; rate_per_s: that of an open load."""
-    how: Load = Clients(num_clients=num_clients, num_sequences=MOST_GENERATIONS * num_clients)
+    """One run; run_s: of a load that lasts once. rate_per_s: that of an open load."""
+    how: Load = timed_clients(num_clients)
     if load.is_open:
         assert rate_per_s is not None, "an open load has a rate"
-        how = Poisson(rate_per_s=rate_per_s, num_sequences=max(2, round(rate_per_s * run_s)))
+        num_sequences = max(2, round(rate_per_s * run_s * load.lasts))
+        how = Poisson(rate_per_s=rate_per_s, num_sequences=num_sequences)
     return Workload(
         prompt=shorten(load.prompt, shorter),
         output=shorten(load.output, shorter),

@@ -36,7 +36,7 @@ def as_markdown(result: PolicyResult) -> str:
         (
             f"{result.about}: {facts.num_blocks * facts.block_size} KV tokens, "
             f"{facts.max_batch_tokens} tokens per micro-batch; clients submit for "
-            f"{result.run_s:g} s in each run."
+            f"{result.run_s:g} s in each run, mixed prompts for twice as long."
         ),
         "",
         "| " + " | ".join(_COLUMNS) + " |",

@@ -35,7 +35,7 @@ class Options:
     shorter: int
     """All lengths are divided by it."""
     run_s: float
-    """Clients submit for so long; then what runs comes to its end."""
+    """Clients submit for so long, times what the load lasts; then what runs comes to its end."""
     num_rounds: int
     """Runs of each policy, in turn."""
 
@@ -96,8 +96,8 @@ def compare_on(rig: Rig, options: Options) -> Iterator[PolicyCase]:
             run_s=options.run_s,
         )
         for case in _run_load(rig, load, workload, options):
-            if load is LOADS[0] and case.policy == OURS:
-                rate_per_s = POISSON_SHARE * _requests_per_s(case.figures, workload)
+            if load is LOADS[0] and rate_per_s is None:
+                rate_per_s = round(POISSON_SHARE * _requests_per_s(case.figures, workload), 3)
             yield case
 
 
@@ -139,7 +139,7 @@ def _run_load(
     for index in range(options.num_rounds):
         for policy in options.policies or load.policies:
             with rig.running(policy, facts) as runner:
-                recording = runner.run(workload, how, most_s=options.run_s)
+                recording = runner.run(workload, how, most_s=options.run_s * load.lasts)
             run = make_run(recording, rig.timeline.steps())
             preemptions, cached_share = _counted(recording)
             yield PolicyCase(

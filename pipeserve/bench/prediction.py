@@ -16,11 +16,9 @@ from pipeserve.bench.schedule import Options as ScheduleOptions
 from pipeserve.bench.schedule_figures import ScheduleFigures
 from pipeserve.bench.schedule_fit import fit_costs
 from pipeserve.bench.schedule_record import RecordedRun, append_run, check_record, make_run
-from pipeserve.bench.workload import Clients, Workload
+from pipeserve.bench.workload import Workload, timed_clients
 from pipeserve.config import Config
 
-MOST_GENERATIONS = 64
-"""Requests that are made up for each client: more than end in any run."""
 THROUGHPUT_BOUND = 0.10
 TTFT_BOUND = 0.20
 """By how much a prediction may be off, of the measured value."""
@@ -88,7 +86,7 @@ def measure(
 
 
 def _record(rig: Rig, num_clients: int, options: Options) -> RecordedRun:
-    load = Clients(num_clients=num_clients, num_sequences=MOST_GENERATIONS * num_clients)
+    load = timed_clients(num_clients)
     workload = Workload(prompt=options.prompt, output=options.output, loads=(load,))
     check_room(workload, rig.facts)
     with rig.running(OURS) as runner:

@@ -60,6 +60,12 @@ class Poisson:
 Load = Batch | Clients | Poisson
 
 
+def timed_clients(num_clients: int) -> Clients:
+    """For a run that time ends: more requests than will be sent, but no more than need be made
+    up."""
+    return Clients(num_clients=num_clients, num_sequences=max(12 * num_clients, 512))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """Runs that follow each other on one engine, all with lengths of the same kind."""

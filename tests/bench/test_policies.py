@@ -303,8 +303,8 @@ def test_a_tight_cache_holds_less_than_all_clients_and_at_least_one_sequence() -
 
     assert limited(1).num_blocks == 48, "64 + 128 tokens"
     assert limited(1).context_length == 192
-    assert limited(16).num_blocks == round(0.4 * 16 * 48)
-    assert limited(1000).num_blocks == 4096
+    assert limited(16).num_blocks == 0.25 * 16 * 48
+    assert limited(1000).num_blocks == 4096, "no more than there are"
 
 
 def test_all_loads_are_made() -> None:
@@ -468,7 +468,7 @@ def test_policies_are_compared_on_real_stages(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [*TINY, "--cache-dir", str(tmp_path), "--shorter", "32", "--clients", "3"]
-    options += ["--seconds", "0.2", "--loads", "uniform,mixed,poisson,shared,tight", "--json"]
+    options += ["--seconds", "0.1", "--loads", "uniform,mixed,poisson,shared,tight", "--json"]
     options += ["--block-size", "4"]
     values = json.loads(printed(capfd, "policies", *options))
     chosen = choose_loads("uniform,mixed,poisson,shared,tight")
