@@ -25,21 +25,12 @@ examples:
   pipeserve bench kernels --tune --model-shape llama-70b"""
 
 BENCH_OPTIONS = (
-    "shape",
-    "recipe",
-    "prompt",
-    "output",
-    "batch",
-    "clients",
-    "requests",
-    "profile",
-    "timeline",
-    "record",
-    "json",
-    *("poisson", "bursts", "trace", "replay", "fit", "costs", "split", "policies", "seed"),
-    *("kv_tokens", "only", "model_shape", "tune", "shared", "policy", "loads", "shorter"),
-    *("seconds", "rounds"),
+    *("shape", "recipe", "prompt", "output", "shared", "batch", "clients", "poisson", "requests"),
+    *("policy", "profile", "timeline", "record", "json", "policies", "loads", "shorter"),
+    *("seconds", "rounds", "bursts", "trace", "replay", "fit", "costs", "split", "seed"),
+    *("kv_tokens", "only", "model_shape", "tune"),
 )
+"""Beside those of Config, for a hint where one is unknown."""
 
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
