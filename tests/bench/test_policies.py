@@ -485,6 +485,20 @@ def test_policies_are_compared_on_real_stages(
         assert len(figures["stage_busy"]) == 2
 
 
+@pytest.mark.gpu
+def test_policies_are_compared_on_two_stages_of_a_card(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--shape", "tiny", "--devices", "cuda:0,cuda:0", "--layer-split", "4,4"]
+    options += ["--cache-dir", str(tmp_path), "--kv-cache-bytes", "64MiB", "--clients", "8"]
+    options += ["--shorter", "8", "--seconds", "0.2", "--loads", "uniform", "--json"]
+    values = json.loads(printed(capfd, "policies", *options, "--policies", ",".join(POLICIES)))
+    assert [case["policy"] for case in values["cases"]] == list(POLICIES)
+    for case in values["cases"]:
+        assert case["figures"]["num_requests"] >= 8
+        assert all(busy > 0 for busy in case["figures"]["stage_busy"])
+
+
 def test_the_table_of_policies_is_markdown(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
