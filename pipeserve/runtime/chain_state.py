@@ -1,0 +1,95 @@
+"""What a chain of samplers remembers of each row on the device: its tokens, and mirostat's state.
+
+Runs on the last stage's thread; the host waits for nothing.
+
+Shapes: E rows taken together, R row slots, L positions, W tokens of a window, the newest first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from pipeserve.core.batch import RowStart
+from pipeserve.runtime.devices import int_tensor
+
+_LEAST_POSITIONS = 1024
+
+_NUM_STEPS = 4
+"""A preempted sequence may have been sampled for some tokens more than it is resumed with."""
+_MOST_PUT_AWAY_PER_ROW = 4
+
+
+class TokenHistory:
+    """The token at each position of each row; grows with the longest sequence."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.token_ids_RL = torch.zeros((num_rows, 0), dtype=torch.int32, device=device)
+
+    def start(self, start: RowStart) -> None:
+        """A sequence takes a row, and may come with what it had generated before."""
+        self._reserve(start.num_prompt_tokens + start.sampling.max_tokens + 1)
+        token_ids = int_tensor(start.token_ids, self.token_ids_RL.device)
+        self.token_ids_RL[start.row, : len(token_ids)] = token_ids
+
+    def recent(
+        self, rows_E: Tensor, positions_E: Tensor, windows_E: Tensor, longest: int
+    ) -> Tensor:
+        """[E, W] int32: the tokens before each position, the newest first, -1 where the window or
+        the sequence ends sooner. longest: the highest of positions_E, which makes W."""
+        places_W = torch.arange(longest, device=rows_E.device)
+        positions_EW = positions_E.unsqueeze(1) - 1 - places_W
+        is_in_EW = (positions_EW >= 0) & (places_W < windows_E.unsqueeze(1))
+        tokens_EW = self.token_ids_RL[rows_E.unsqueeze(1), positions_EW.clamp(min=0)]
+        return tokens_EW.masked_fill(~is_in_EW, -1)
+
+    def _reserve(self, num_positions: int) -> None:
+        old_RL = self.token_ids_RL
+        if num_positions <= old_RL.shape[1]:
+            return
+        length = max(_LEAST_POSITIONS, 1 << (num_positions - 1).bit_length())
+        self.token_ids_RL = old_RL.new_zeros((old_RL.shape[0], length))
+        self.token_ids_RL[:, : old_RL.shape[1]] = old_RL
+
+
+class Surprises:
+    """Mirostat's threshold of each row, for the last few positions.
+
+    It hangs on probabilities that are gone, so that a preempted sequence cannot find it again from
+    its tokens: it is put away when another takes the row, and forgotten only after many others.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self._bits_RP = torch.zeros((num_rows, _NUM_STEPS), dtype=torch.float64, device=device)
+        """At position % _NUM_STEPS."""
+        self._put_away: OrderedDict[int, Tensor] = OrderedDict()
+
+    def put_away(self, row: int, seq_id: int) -> None:
+        """Another sequence takes the row."""
+        self._put_away[seq_id] = self._bits_RP[row].clone()
+        if len(self._put_away) > _MOST_PUT_AWAY_PER_ROW * len(self._bits_RP):
+            self._put_away.popitem(last=False)
+
+    def start(self, start: RowStart, *, elsewhere: int | None) -> None:
+        """A sequence takes a row; elsewhere: the row where it ran before, if no other took it."""
+        mirostat = start.sampling.chain and start.sampling.chain.mirostat
+        assert mirostat is not None, "a row with mirostat"
+        bits_P = self._put_away.pop(start.seq_id, None)
+        if bits_P is None and elsewhere is not None:
+            bits_P = self._bits_RP[elsewhere]
+        is_resumed = len(start.token_ids) > start.num_prompt_tokens
+        if not is_resumed or bits_P is None:
+            # Twice the target, as the paper and llama.cpp begin.
+            bits_P = torch.full_like(self._bits_RP[start.row], 2.0 * mirostat.tau)
+        self._bits_RP[start.row] = bits_P
+
+    def most_bits(self, rows_E: Tensor, positions_E: Tensor) -> Tensor:
+        """[E] float64: the threshold for the token at each position."""
+        return self._bits_RP[rows_E, positions_E % _NUM_STEPS]
+
+    def learn(self, rows_E: Tensor, positions_E: Tensor, change_E: Tensor) -> None:
+        """change_E: how far the threshold sinks with the token at each position."""
+        next_E = self.most_bits(rows_E, positions_E) - change_E
+        self._bits_RP[rows_E, (positions_E + 1) % _NUM_STEPS] = next_E
