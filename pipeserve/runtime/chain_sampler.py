@@ -101,16 +101,18 @@ class _Slab:
     largest_k: int
     longest: int
     """Tokens of the longest of their sequences."""
+    num_rows: int
     words: Tensor
-    """[_Word, E] int64."""
+    """[_Word, E] int64, and a column more where E is odd: Triton compiles anew for pointers that
+    are not aligned to 16 bytes."""
 
     def ints(self, word: _Word) -> Tensor:
         """[E] int64."""
-        return self.words[word]
+        return self.words[word, : self.num_rows]
 
     def floats(self, word: _Word) -> Tensor:
         """[E, 1] float64."""
-        return self.words[word].view(torch.float64).unsqueeze(1)
+        return self.ints(word).view(torch.float64).unsqueeze(1)
 
 
 class ChainSampler:
@@ -175,13 +177,16 @@ class ChainSampler:
 
     def _slab(self, seqs: list[int], rows_S: IntArray, positions_S: IntArray) -> _Slab:
         rows = [self._rows[int(rows_S[seq])] for seq in seqs]
-        words = np.stack([row.words for row in rows], axis=1)
-        words[_Word.SEQ], words[_Word.ROW] = seqs, rows_S[seqs]
-        words[_Word.POSITION] = positions_S[seqs]
+        words = np.zeros((len(_Word), len(rows) + len(rows) % 2), dtype=np.int64)
+        words[:, : len(rows)] = np.stack([row.words for row in rows], axis=1)
+        words[_Word.SEQ, : len(rows)] = seqs
+        words[_Word.ROW, : len(rows)] = rows_S[seqs]
+        words[_Word.POSITION, : len(rows)] = positions_S[seqs]
         return _Slab(
             kind=rows[0],
             largest_k=max(row.params.top_k or 1 for row in rows),
             longest=int(positions_S[seqs].max()),
+            num_rows=len(rows),
             words=int_tensor(words, self._device),
         )
 

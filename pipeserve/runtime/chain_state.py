@@ -39,7 +39,7 @@ class TokenHistory:
     ) -> Tensor:
         """[E, W] int32: the tokens before each position, the newest first, -1 where the window or
         the sequence ends sooner. longest: the highest of positions_E, which makes W."""
-        places_W = torch.arange(longest, device=rows_E.device)
+        places_W = torch.arange(max(1, longest), device=rows_E.device)
         positions_EW = positions_E.unsqueeze(1) - 1 - places_W
         is_in_EW = (positions_EW >= 0) & (places_W < windows_E.unsqueeze(1))
         tokens_EW = self.token_ids_RL[rows_E.unsqueeze(1), positions_EW.clamp(min=0)]
@@ -74,15 +74,15 @@ class Surprises:
 
     def start(self, start: RowStart, *, elsewhere: int | None) -> None:
         """A sequence takes a row; elsewhere: the row where it ran before, if no other took it."""
-        mirostat = start.sampling.chain and start.sampling.chain.mirostat
-        assert mirostat is not None, "a row with mirostat"
+        chain = start.sampling.chain
+        assert chain is not None and chain.mirostat is not None, "a row with mirostat"
         bits_P = self._put_away.pop(start.seq_id, None)
         if bits_P is None and elsewhere is not None:
             bits_P = self._bits_RP[elsewhere]
         is_resumed = len(start.token_ids) > start.num_prompt_tokens
         if not is_resumed or bits_P is None:
             # Twice the target, as the paper and llama.cpp begin.
-            bits_P = torch.full_like(self._bits_RP[start.row], 2.0 * mirostat.tau)
+            bits_P = torch.full_like(self._bits_RP[start.row], 2.0 * chain.mirostat.tau)
         self._bits_RP[start.row] = bits_P
 
     def most_bits(self, rows_E: Tensor, positions_E: Tensor) -> Tensor:

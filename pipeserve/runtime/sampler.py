@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeserve.core.batch import IntArray, RowStart, StepMasks
 from pipeserve.core.constraint import num_words
+from pipeserve.core.sampler_chain import Dry, Mirostat, SamplerChain
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.kernels.sampling_backend import SamplingBackend
 from pipeserve.kernels.sampling_state import Penalties
@@ -153,6 +154,22 @@ def compile_kernels(*, vocab_size: int, device: torch.device, backend: SamplingB
         replace(plain, temperature=0.0, logit_bias=((0, 1.0),)),
         replace(plain, top_p=0.5, presence_penalty=1.0),
         replace(plain, top_p=0.5, presence_penalty=1.0, logit_bias=((0, 1.0),)),
+        replace(plain, chain=SamplerChain(mirostat=Mirostat())),
+        replace(
+            plain,
+            top_k=1,
+            top_p=0.5,
+            min_p=0.1,
+            presence_penalty=1.0,
+            chain=SamplerChain(
+                penalty_window=1,
+                dry=Dry(multiplier=1.0),
+                top_n_sigma=1.0,
+                typical_p=0.9,
+                xtc_probability=0.5,
+                dynatemp_range=0.5,
+            ),
+        ),
     )
     sampler = Sampler(num_rows=1, vocab_size=vocab_size, device=device, backend=backend)
     words_MW = np.full((1, num_words(vocab_size)), -1, dtype=np.int32)

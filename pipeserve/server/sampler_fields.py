@@ -73,7 +73,7 @@ class SamplerFields(Body):
     repeat_last_n: Window | None = None
     """The three penalties count that many tokens, of prompt and output alike. 64 beside samplers
     or repeat_penalty; else the penalties are OpenAI's, over the whole sequence."""
-    repeat_penalty: float | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     """llama-server's name of repetition_penalty; wins where both are given."""
 
     @field_validator("samplers")
