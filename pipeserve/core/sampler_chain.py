@@ -16,7 +16,7 @@ from pipeserve.errors import InvalidParameterError
 WHOLE_SEQUENCE = 2**31 - 1
 """A window that holds every token."""
 
-MAX_TAIL_TOKENS = 64
+MAX_TAIL_TOKENS = 128
 """Of all sequence breakers together: each is compared along the whole window."""
 _MAX_GROUPS = 63
 """One bit each."""

@@ -21,7 +21,8 @@ _LN_2 = math.log(2.0)
 
 
 class Candidates:
-    """A token with a logit of -inf may still be one, as those are that a bias has banned."""
+    """A token that is out has a logit of -inf. One that is in may have it too, as those have that
+    a bias bans: they count where the number of tokens matters."""
 
     def __init__(self, logits_EV: Tensor) -> None:
         self.x_EV = logits_EV.double()
@@ -56,7 +57,7 @@ class Candidates:
 
     def keep_top_n_sigma(self, num_sigma_E1: Tensor) -> None:
         """The others stay candidates, as in llama.cpp, with a logit of -inf."""
-        counts_EV = self.is_in_EV & (self.x_EV > -math.inf)
+        counts_EV = self.x_EV > -math.inf
         num_E1 = counts_EV.sum(1, keepdim=True).clamp(min=1)
         mean_E1 = self.x_EV.masked_fill(~counts_EV, 0.0).sum(1, keepdim=True) / num_E1
         squares_EV = (self.x_EV - mean_E1).square().masked_fill(~counts_EV, 0.0)
@@ -89,8 +90,8 @@ class Candidates:
 
     def exclude_top(self, probability_E1: Tensor, threshold_E1: Tensor, uniform_E1: Tensor) -> None:
         """XTC."""
-        p_EV = (self._masked() - self._log_norm()).exp()
-        is_top_EV = self.is_in_EV & (p_EV >= threshold_E1)
+        p_EV = (self.x_EV - self._log_norm()).exp()
+        is_top_EV = (p_EV >= threshold_E1) & self.is_in_EV
         lowest_E1 = self.x_EV.masked_fill(~is_top_EV, math.inf).amin(1, keepdim=True)
         ids_V = torch.arange(p_EV.shape[1], device=p_EV.device)
         last_E1 = torch.where(is_top_EV & (self.x_EV == lowest_E1), ids_V, -1).amax(1, keepdim=True)
@@ -116,12 +117,12 @@ class Candidates:
 
     def keep_unsurprising(self, most_bits_E1: Tensor) -> None:
         """Mirostat 2: tokens of at most so many bits of surprise, and always the likeliest."""
-        bits_EV = (self._log_norm() - self._masked()) / _LN_2
+        bits_EV = (self._log_norm() - self.x_EV) / _LN_2
         self._keep((bits_EV <= most_bits_E1) | self._is_likeliest())
 
     def logits(self) -> Tensor:
         """[E, V] float32: relative to the highest, -inf for the tokens that are out."""
-        return (self._masked() - self._highest()).float()
+        return (self.x_EV - self._highest()).float()
 
     def bits_of(self, ids_E: Tensor) -> Tensor:
         """[E] float64: the surprise of a token among those that are left."""
@@ -130,37 +131,34 @@ class Candidates:
 
     def _keep(self, is_kept_EV: Tensor) -> None:
         self.is_in_EV = self.is_in_EV & is_kept_EV
+        self.x_EV = self.x_EV.masked_fill(~is_kept_EV, -math.inf)
 
     def _keep_highest(self, highest_EK: Tensor, num_E1: Tensor) -> None:
         floor_E1 = highest_EK.gather(1, num_E1.clamp(min=1) - 1)
-        x_EV = self._masked()
-        is_above_EV, is_tie_EV = x_EV > floor_E1, (x_EV == floor_E1) & self.is_in_EV
+        is_above_EV = self.x_EV > floor_E1
+        is_tie_EV = (self.x_EV == floor_E1) & self.is_in_EV
         room_E1 = num_E1.clamp(min=1) - is_above_EV.sum(1, keepdim=True)
         self._keep(is_above_EV | (is_tie_EV & (is_tie_EV.cumsum(1) <= room_E1)))
-
-    def _masked(self) -> Tensor:
-        return self.x_EV.masked_fill(~self.is_in_EV, -math.inf)
 
     def _sorted(self) -> Tensor:
         """[E, K] logits, highest first, of no more tokens than there can be."""
         if self._most == self.x_EV.shape[1]:
-            return self._masked().sort(1, descending=True).values
-        return self._masked().topk(self._most, dim=1).values
+            return self.x_EV.sort(1, descending=True).values
+        return self.x_EV.topk(self._most, dim=1).values
 
     def _highest(self) -> Tensor:
-        return self._masked().amax(1, keepdim=True)
+        return self.x_EV.amax(1, keepdim=True)
 
     def _log_norm(self) -> Tensor:
-        return self._masked().logsumexp(1, keepdim=True)
+        return self.x_EV.logsumexp(1, keepdim=True)
 
     def _is_likeliest(self) -> Tensor:
-        x_EV = self._masked()
-        ids_V = torch.arange(x_EV.shape[1], device=x_EV.device)
-        return ids_V == x_EV.argmax(1, keepdim=True)
+        ids_V = torch.arange(self.x_EV.shape[1], device=self.x_EV.device)
+        return ids_V == self.x_EV.argmax(1, keepdim=True)
 
     def _entropy(self) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities and surprises in nats, [E, V], and the entropy, [E, 1]."""
-        surprise_EV = self._log_norm() - self._masked()
+        surprise_EV = self._log_norm() - self.x_EV
         p_EV = (-surprise_EV).exp()
         terms_EV = torch.where(p_EV > 0, p_EV * surprise_EV, 0.0)
         return p_EV, surprise_EV, terms_EV.sum(1, keepdim=True)

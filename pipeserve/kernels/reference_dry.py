@@ -50,11 +50,13 @@ def breaker_limits(recent_EW: Tensor, breakers: Breakers) -> Tensor:
     groups_EW = breakers.groups_V[recent_EW.clamp(min=0).long()]
     groups_EW = groups_EW.masked_fill(recent_EW < 0, 0)
     longest_EW = torch.full_like(groups_EW, -1)
+    # What follows a place is newer, and so stands before it.
+    most = max(map(len, breakers.tails), default=0)
+    padded_EW = functional.pad(recent_EW, (most, 0), value=-1)
     for group, tail in enumerate(breakers.tails):
         is_here_EW = ((groups_EW >> group) & 1).bool()
         for offset, token in enumerate(tail, start=1):
-            # What follows a place is newer, and so stands before it.
-            next_EW = functional.pad(recent_EW, (offset, 0), value=-1)[:, :width]
+            next_EW = padded_EW[:, most - offset :][:, :width]
             is_here_EW = is_here_EW & (next_EW == token)
         longest_EW = torch.where(is_here_EW, longest_EW.clamp(min=len(tail)), longest_EW)
     places_W = torch.arange(width, device=recent_EW.device)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeserve.core.sampler_chain import Dry
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.text.sequence_breakers import breaker_groups
 from pipeserve.text.tokenizer import Tokenizer
@@ -43,10 +44,19 @@ def test_a_control_token_counts_by_its_name(byte_tokenizer: Tokenizer) -> None:
     assert grouped(byte_tokenizer, ["end"])[()] == {257}
 
 
-@pytest.mark.parametrize("strings", [["\n", ":", '"', "*"], ["\n\n", "###"], [" the", "The end"]])
+@pytest.mark.parametrize(
+    "strings",
+    [
+        ["\n", ":", '"', "*"],
+        ["\n\n", "###"],
+        [" the", "The end"],
+        ["\n", ":", '"', "*", "<|system|>", "<|model|>", "<|user|>"],  # of a well-known client
+    ],
+)
 def test_of_a_real_vocabulary(demo_model_path: Path, strings: list[str]) -> None:
     with GGUFFile.open(demo_model_path) as file:
         tokenizer = Tokenizer.from_gguf(file)
     found = grouped(tokenizer, strings)
+    Dry(multiplier=1.0, breakers=breaker_groups(tokenizer, tuple(strings)))  # within its limits
     assert len(found[()]) > 3
     assert found == by_hand(tokenizer, strings)
