@@ -83,10 +83,10 @@ class Candidates:
     def keep_typical(self, p_E1: Tensor) -> None:
         p_EV, surprise_EV, entropy_E1 = self._entropy()
         distance_EV = (surprise_EV - entropy_E1).abs()
-        order_EV = distance_EV.sort(dim=1, stable=True).indices
-        sorted_EV = p_EV.gather(1, order_EV)
-        is_kept_EV = sorted_EV.cumsum(1) - sorted_EV <= p_E1
-        self._keep(torch.zeros_like(is_kept_EV).scatter_(1, order_EV, is_kept_EV))
+        order_EK = self._nearest_first(distance_EV)
+        sorted_EK = p_EV.gather(1, order_EK)
+        is_kept_EK = sorted_EK.cumsum(1) - sorted_EK <= p_E1
+        self._keep(torch.zeros_like(self.is_in_EV).scatter_(1, order_EK, is_kept_EK))
 
     def exclude_top(self, probability_E1: Tensor, threshold_E1: Tensor, uniform_E1: Tensor) -> None:
         """XTC."""
@@ -145,6 +145,14 @@ class Candidates:
         if self._most == self.x_EV.shape[1]:
             return self.x_EV.sort(1, descending=True).values
         return self.x_EV.topk(self._most, dim=1).values
+
+    def _nearest_first(self, distance_EV: Tensor) -> Tensor:
+        """[E, K] ids by distance, equals by id, of no more tokens than there can be."""
+        if self._most == self.x_EV.shape[1]:
+            return distance_EV.sort(dim=1, stable=True).indices
+        ids_EK = self.x_EV.topk(self._most, dim=1).indices.sort(dim=1).values
+        order_EK = distance_EV.gather(1, ids_EK).sort(dim=1, stable=True).indices
+        return ids_EK.gather(1, order_EK)
 
     def _highest(self) -> Tensor:
         return self.x_EV.amax(1, keepdim=True)

@@ -27,7 +27,7 @@ from pipeserve.runtime.chain_state import Surprises, TokenHistory
 from pipeserve.runtime.devices import int_tensor
 
 _MOST_ELEMENTS = 1 << 21
-"""Logits taken together: about 16 MB per tensor in float64."""
+"""Logits, or tokens of windows, taken together: about 16 MB per tensor of 64 bits."""
 
 _XTC_SALT = 0x58_54_43
 """Makes another stream of random numbers of a sequence's seed."""
@@ -167,7 +167,8 @@ class ChainSampler:
             ids_S.index_copy_(0, seqs_E, self._draw(logits_SV.index_select(0, seqs_E), slab))
 
     def _slabs(self, seqs: np.ndarray, rows_S: IntArray, positions_S: IntArray) -> Iterator[_Slab]:
-        most = max(1, _MOST_ELEMENTS // self._vocab_size)
+        longest = int(positions_S[seqs].max())
+        most = max(1, _MOST_ELEMENTS // max(self._vocab_size, longest))
         kinds: dict[tuple[object, ...], list[int]] = {}
         for seq in seqs.tolist():
             kinds.setdefault(self._rows[int(rows_S[seq])].kind, []).append(seq)

@@ -30,7 +30,7 @@ class TokenHistory:
 
     def start(self, start: RowStart) -> None:
         """A sequence takes a row, and may come with what it had generated before."""
-        self._reserve(start.num_prompt_tokens + start.sampling.max_tokens + 1)
+        self._reserve(start.num_prompt_tokens + start.sampling.max_tokens)
         token_ids = int_tensor(start.token_ids, self.token_ids_RL.device)
         self.token_ids_RL[start.row, : len(token_ids)] = token_ids
 

@@ -149,7 +149,7 @@ def test_plain_rows_draw_the_same_beside_chains_of_a_large_vocabulary(
     everything = [*plain, *ALL_CHAINS.values()]
     logits_SV = torch.randn(len(everything), vocab_size, device=device) * 2
     sampler = sampler_on(device, vocab_size=vocab_size)
-    tokens = []
+    tokens: list[list[list[int]]] = []
     for num_rows in (len(plain), len(everything)):
         for row, changes in enumerate(everything[:num_rows]):
             sampler.start(start(row, params(seed=row, **changes), seq_id=row))
