@@ -71,7 +71,6 @@ _FIRST_FLOAT = _Word.TEMPERATURE
 class _Row:
     """What the host knows of a row with a chain."""
 
-    seq_id: int
     params: SamplingParams
     samplers: tuple[SamplerName, ...]
     has_range: bool
@@ -135,15 +134,14 @@ class ChainSampler:
     def start(self, start: RowStart) -> None:
         """A sequence takes a row, with a chain or without."""
         row, params = start.row, start.sampling
-        previous = self._rows.pop(row, None)
-        if previous is not None and previous.has_mirostat:
-            self._surprises.put_away(row, previous.seq_id)
+        self._surprises.release(row)
+        self._rows.pop(row, None)
         self._has_chain_R[row] = params.chain is not None
         if params.chain is None:
             return
         started = _row_of(start)
         if started.has_mirostat:
-            self._surprises.start(start, elsewhere=self._row_of_sequence(start.seq_id))
+            self._surprises.start(start)
         self._rows[row] = started
         if started.needs_history:
             self._history.start(start)
@@ -277,10 +275,6 @@ class ChainSampler:
             slab.longest,
         )
 
-    def _row_of_sequence(self, seq_id: int) -> int | None:
-        """Where a preempted sequence ran, if nobody has taken the row yet."""
-        return next((row for row, known in self._rows.items() if known.seq_id == seq_id), None)
-
     def _upload(self, groups: tuple[BreakerGroup, ...]) -> Breakers:
         groups_V = np.zeros(self._vocab_size, dtype=np.int64)
         for index, group in enumerate(groups):
@@ -299,7 +293,6 @@ def _row_of(start: RowStart) -> _Row:
     words[_Word.SEED] = params.seed
     words[_FIRST_FLOAT:].view(np.float64)[:] = _numbers(params)
     return _Row(
-        seq_id=start.seq_id,
         params=params,
         samplers=params.active_samplers,
         has_range=chain.dynatemp_range > 0.0 and chain.mirostat is None,

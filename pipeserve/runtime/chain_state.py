@@ -65,20 +65,29 @@ class Surprises:
         self._bits_RP = torch.zeros((num_rows, _NUM_STEPS), dtype=torch.float64, device=device)
         """At position % _NUM_STEPS."""
         self._put_away: OrderedDict[int, Tensor] = OrderedDict()
+        self._sequence_of: dict[int, int] = {}
+        self._row_of: dict[int, int] = {}
+        """Where each sequence was started last; it may have left the row since."""
 
-    def put_away(self, row: int, seq_id: int) -> None:
-        """Another sequence takes the row."""
+    def release(self, row: int) -> None:
+        """Another sequence takes the row, if any had it."""
+        seq_id = self._sequence_of.pop(row, None)
+        if seq_id is None or self._row_of.get(seq_id) != row:
+            return
+        del self._row_of[seq_id]
         self._put_away[seq_id] = self._bits_RP[row].clone()
         if len(self._put_away) > _MOST_PUT_AWAY_PER_ROW * len(self._bits_RP):
             self._put_away.popitem(last=False)
 
-    def start(self, start: RowStart, *, elsewhere: int | None) -> None:
-        """A sequence takes a row; elsewhere: the row where it ran before, if no other took it."""
+    def start(self, start: RowStart) -> None:
+        """A sequence with mirostat takes a row that was released."""
         chain = start.sampling.chain
         assert chain is not None and chain.mirostat is not None, "a row with mirostat"
         bits_P = self._put_away.pop(start.seq_id, None)
-        if bits_P is None and elsewhere is not None:
-            bits_P = self._bits_RP[elsewhere]
+        left = self._row_of.get(start.seq_id)
+        if left is not None:  # and nobody has taken it yet
+            bits_P = self._bits_RP[left]
+        self._row_of[start.seq_id], self._sequence_of[start.row] = start.row, start.seq_id
         is_resumed = len(start.token_ids) > start.num_prompt_tokens
         if not is_resumed or bits_P is None:
             # Twice the target, as the paper and llama.cpp begin.

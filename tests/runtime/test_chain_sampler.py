@@ -239,6 +239,24 @@ def test_a_preempted_sequence_goes_on_as_if_never_stopped(name: str, is_row_take
     assert run(sampler, [6], num_steps=8, first=4)[0] == whole[4:]
 
 
+@pytest.mark.parametrize("retaken", [(), (2,), (6,), (2, 6)])
+def test_a_sequence_may_be_preempted_again_and_again(retaken: tuple[int, ...]) -> None:
+    """Rows that it has left, taken by others or not, say nothing of it any more."""
+    sampling = params(seed=5, **MIROSTAT)
+    whole_sampler, sampler = make_sampler(), make_sampler()
+    whole_sampler.start(start(0, sampling))
+    whole = run(whole_sampler, [0], num_steps=20)[0]
+    sampler.start(start(2, sampling, seq_id=77))
+    run(sampler, [2], num_steps=6)
+    for row, length in ((6, 5), (7, 11)):
+        sampler.start(start(row, sampling, output=whole[:length], seq_id=77))
+        assert run(sampler, [row], num_steps=7, first=length)[0] == whole[length : length + 7]
+    for row in retaken:
+        sampler.start(start(row, params(**MIROSTAT), seq_id=100 + row))
+    sampler.start(start(8, sampling, output=whole[:17], seq_id=77))
+    assert run(sampler, [8], num_steps=3, first=17)[0] == whole[17:]
+
+
 @pytest.mark.parametrize("name", [*CHAINS, "mirostat"])
 def test_a_row_forgets_its_previous_sequence(name: str) -> None:
     sampling = params(seed=5, **(MIROSTAT if name == "mirostat" else CHAINS[name]))
