@@ -21,12 +21,13 @@ _LN_2 = math.log(2.0)
 
 
 class Candidates:
-    """A token that is out has a logit of -inf. One that is in may have it too, as those have that
-    a bias bans: they count where the number of tokens matters."""
+    """A token that is out has a logit of -inf, and one that comes with it, banned by a mask or by
+    min_tokens, is out from the start. Those that top_n_sigma lowers to it stay in: they count where
+    the number of tokens matters, as in llama.cpp."""
 
     def __init__(self, logits_EV: Tensor) -> None:
         self.x_EV = logits_EV.double()
-        self.is_in_EV = torch.ones_like(logits_EV, dtype=torch.bool)
+        self.is_in_EV = logits_EV > -math.inf
         self._most = logits_EV.shape[1]
         """No row has more of them, as far as the host knows."""
 
@@ -91,7 +92,7 @@ class Candidates:
     def exclude_top(self, probability_E1: Tensor, threshold_E1: Tensor, uniform_E1: Tensor) -> None:
         """XTC."""
         p_EV = (self.x_EV - self._log_norm()).exp()
-        is_top_EV = (p_EV >= threshold_E1) & self.is_in_EV
+        is_top_EV = (p_EV >= threshold_E1) & (self.x_EV > -math.inf)
         lowest_E1 = self.x_EV.masked_fill(~is_top_EV, math.inf).amin(1, keepdim=True)
         ids_V = torch.arange(p_EV.shape[1], device=p_EV.device)
         last_E1 = torch.where(is_top_EV & (self.x_EV == lowest_E1), ids_V, -1).amax(1, keepdim=True)

@@ -22,6 +22,7 @@ from tests.runtime.test_chain_sampler import (
     VOCAB_SIZE,
     logits_of_step,
     make_sampler,
+    masks_of,
     run,
     start,
 )
@@ -99,6 +100,32 @@ def test_chains_equal_the_twins(device: torch.device) -> None:
         for output, token in zip(outputs, to_host(drawn).token_ids().tolist(), strict=True):
             output.append(token)
     assert outputs == expected
+
+
+@pytest.mark.parametrize("backend", ["kernels", "twins"])
+def test_no_chain_draws_what_a_mask_bans(backend: str, device: torch.device) -> None:
+    """Every second row is masked to unlikely tokens; the others draw what they draw without."""
+    masked, plain = (
+        (sampler_on(device), sampler_on(device))
+        if backend == "kernels"
+        else (make_sampler(), make_sampler())
+    )
+    device = device if backend == "kernels" else torch.device("cpu")
+    several = [*ALL_CHAINS.values()] * 2
+    for row, changes in enumerate(several):
+        for sampler in (masked, plain):
+            sampler.start(start(row, params(seed=row, **changes), output=[5, 7], seq_id=row))
+    rows = np.arange(len(several), dtype=np.int32)
+    allowed = {row: [100 + row, 200 + row, 201 + row] for row in range(1, len(several), 2)}
+    allowed[1] = [VOCAB_SIZE - 1]
+    for step in range(2, 5):
+        logits_SV = logits_of_step(step).expand(len(rows), -1).to(device, copy=True)
+        positions = np.full_like(rows, len(PROMPT) + step)
+        free = to_host(plain.sample(logits_SV, rows, positions)).token_ids()
+        found = to_host(masked.sample(logits_SV, rows, positions, masks_of(allowed))).token_ids()
+        assert (found[::2] == free[::2]).all()
+        for row, ids in allowed.items():
+            assert found[row] in ids
 
 
 @pytest.mark.gpu

@@ -20,11 +20,10 @@ from tests.kernels.quant_cases import random_weight, relative_error
 
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
 
-from pipeserve.kernels.quant_imma import ImmaTiling
-
 from pipeserve.kernels import quant_imma, quant_mma, quant_products
 from pipeserve.kernels.backend import Activations
 from pipeserve.kernels.nvrtc import CudaDriverError
+from pipeserve.kernels.quant_imma import ImmaTiling
 from pipeserve.kernels.quant_mma import has_mma
 from pipeserve.kernels.quant_products import QuantProducts
 from pipeserve.kernels.quant_tuned import TunedTable, as_json, read_table, tuned_table

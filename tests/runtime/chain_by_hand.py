@@ -19,7 +19,7 @@ class Row:
 
     def __init__(self, logits: np.ndarray) -> None:
         self.x = logits.astype(np.float64).copy()
-        self.ids = list(range(len(logits)))
+        self.ids = np.flatnonzero(np.isfinite(logits)).tolist()
 
     def sort(self) -> None:
         self.ids.sort(key=lambda token: (-self.x[token], token))
@@ -108,7 +108,7 @@ def exclude_top(row: Row, probability: float, threshold: float, chance: float) -
     if chance > probability:
         return
     row.sort()
-    num_top = int((row.p() >= threshold).sum())
+    num_top = int(((row.p() >= threshold) & np.isfinite(row.x[row.ids])).sum())
     row.ids = row.ids[max(0, num_top - 1) :]
 
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeserve.core.batch import RowStart
+from pipeserve.core.batch import RowStart, StepMasks
+from pipeserve.core.constraint import num_words
 from pipeserve.core.sampler_chain import (
     DEFAULT_ORDER,
     WHOLE_SEQUENCE,
@@ -40,6 +41,7 @@ CHAINS: dict[str, dict[str, object]] = {
     "typical": {"chain": SamplerChain(typical_p=0.6)},
     "top-n-sigma": {"chain": SamplerChain(top_n_sigma=1.5)},
     "xtc": {"chain": SamplerChain(xtc_probability=0.5, xtc_threshold=0.02)},
+    "xtc of all": {"chain": SamplerChain(xtc_probability=0.3, xtc_threshold=0.0)},
     "xtc always": {"chain": SamplerChain(xtc_probability=1.0, xtc_threshold=0.05)},
     "dry": {"chain": SamplerChain(dry=replace(DRY, breakers=()))},
     "dry with breakers": {"temperature": 0.3, "chain": SamplerChain(dry=DRY)},
@@ -134,6 +136,17 @@ def run(sampler: Sampler, rows: list[int], num_steps: int, first: int = 0) -> li
         for output, token in zip(outputs, drawn.ids_S.tolist(), strict=True):
             output.append(token)
     return outputs
+
+
+def masks_of(allowed: dict[int, list[int]]) -> StepMasks:
+    """By the place of the row in the step."""
+    bits = np.zeros((len(allowed), 32 * num_words(VOCAB_SIZE)), dtype=np.bool_)
+    for row, ids in zip(bits, allowed.values(), strict=True):
+        row[ids] = True
+    return StepMasks(
+        seqs_M=np.array(list(allowed), dtype=np.int32),
+        words_MW=np.packbits(bits, axis=1, bitorder="little").view(np.int32),
+    )
 
 
 def run_by_hand(sampling: SamplingParams, num_steps: int) -> list[int]:
@@ -304,7 +317,7 @@ CHAIN_VALUES = st.builds(
     top_n_sigma=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     typical_p=st.floats(0.05, 1.0),
     xtc_probability=st.floats(0.0, 1.0),
-    xtc_threshold=st.floats(0.001, 0.5),
+    xtc_threshold=st.just(0.0) | st.floats(0.001, 0.5),
     dynatemp_range=st.sampled_from([0.0, 0.4, 2.0]),
     dynatemp_exponent=st.floats(0.3, 3.0),
 )
@@ -326,6 +339,7 @@ CHAIN_VALUES = st.builds(
             "frequency_penalty": st.floats(-1.0, 1.0),
         }
     ),
+    allowed=st.none() | st.sets(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=40),
 )
 def test_any_chain_in_any_order_equals_numpy(
     chain: SamplerChain,
@@ -333,12 +347,18 @@ def test_any_chain_in_any_order_equals_numpy(
     tokens: list[int],
     spread: float,
     plain: dict[str, object],
+    allowed: set[int] | None,
 ) -> None:
+    """Also where a mask allows few tokens."""
     sampling = params(seed=seed, chain=chain, **plain)
     logits = torch.randn((1, VOCAB_SIZE), generator=torch.Generator().manual_seed(seed)) * spread
     sampler = make_sampler(num_rows=1)
     ids = np.array(tokens, dtype=np.int32)
     sampler.start(RowStart(row=0, sampling=sampling, token_ids=ids, num_prompt_tokens=1))
     rows, positions = np.zeros(1, dtype=np.int32), np.array([len(tokens)], dtype=np.int32)
-    (token,) = sampler.sample(logits, rows, positions).ids_S.tolist()
+    masks = None if allowed is None else masks_of({0: sorted(allowed)})
+    (token,) = sampler.sample(logits, rows, positions, masks).ids_S.tolist()
+    if allowed is not None:
+        assert token in allowed
+        logits[0, [other for other in range(VOCAB_SIZE) if other not in allowed]] = -torch.inf
     assert token == sample_by_hand(logits[0].numpy(), sampling, tokens)
