@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeserve.core.sampler_chain import SamplerChain, SamplerName
 from pipeserve.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
@@ -17,7 +18,7 @@ class SamplingParams:
     """How one sequence picks its tokens and when it ends.
 
     The order of application is: logit_bias, penalties, min_tokens, temperature, top_k, top_p,
-    min_p. Log-probabilities are those of the unmodified logits.
+    min_p; with a chain it is the chain's. Log-probabilities are those of the unmodified logits.
 
     Raises:
         InvalidParameterError: a value is out of its range; `param` names the field.
@@ -51,6 +52,8 @@ class SamplingParams:
     """The same for every token of the prompt but the first; None: none."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the sequence: the model's end-of-sequence tokens and the request's own."""
+    chain: SamplerChain | None = None
+    """Further samplers, and their order; None for a sequence that needs neither."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -84,8 +87,41 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
+        """Over the whole sequence; those of a chain with a window are not meant."""
+        chain = self.chain
+        if chain is not None and (chain.mirostat is not None or chain.penalty_window is not None):
+            return False
+        return self._penalises
+
+    @property
+    def _penalises(self) -> bool:
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+    @property
+    def active_samplers(self) -> tuple[SamplerName, ...]:
+        """Those of the chain, in its order, that change something."""
+        chain = self.chain
+        if chain is None:
+            return ()
+        has_range = chain.dynatemp_range > 0.0 and chain.mirostat is None
+        acts = {
+            SamplerName.PENALTIES: bool(chain.penalty_window) and self._penalises,
+            SamplerName.DRY: chain.dry is not None,
+            SamplerName.TOP_N_SIGMA: chain.top_n_sigma > 0.0,
+            SamplerName.TOP_K: self.top_k is not None,
+            SamplerName.TYPICAL_P: chain.typical_p < 1.0,
+            SamplerName.TOP_P: self.top_p < 1.0,
+            SamplerName.MIN_P: self.min_p > 0.0,
+            # Two tokens cannot both be likelier than one half.
+            SamplerName.XTC: chain.xtc_probability > 0.0 and chain.xtc_threshold <= 0.5,
+            SamplerName.TEMPERATURE: self.temperature != 1.0 or has_range,
+            SamplerName.MIROSTAT: True,
+        }
+        order = chain.order
+        if chain.mirostat is not None:
+            order = (SamplerName.TEMPERATURE, SamplerName.MIROSTAT)
+        return tuple(name for name in order if acts[name])

@@ -120,10 +120,23 @@ def _penalise(
     return penalised.sub_(frequency * counts)
 
 
-def record(ids_S: Tensor, rows_S: Tensor, positions_S: Tensor, output_counts_RV: Tensor) -> None:
-    """output_counts_RV[rows_S, ids_S] += 1. A row stands in rows_S at most once."""
+def record(
+    ids_S: Tensor,
+    rows_S: Tensor,
+    positions_S: Tensor,
+    output_counts_RV: Tensor | None = None,
+    history_RL: Tensor | None = None,
+) -> None:
+    """output_counts_RV[rows_S, ids_S] += 1 and history_RL[rows_S, positions_S] = ids_S.
+
+    A row stands in rows_S at most once.
+    """
     is_row_S = rows_S >= 0
-    output_counts_RV[rows_S[is_row_S], ids_S[is_row_S]] += 1
+    rows_S, ids_S = rows_S[is_row_S], ids_S[is_row_S]
+    if output_counts_RV is not None:
+        output_counts_RV[rows_S, ids_S] += 1
+    if history_RL is not None:
+        history_RL[rows_S, positions_S[is_row_S].long()] = ids_S.to(history_RL.dtype)
 
 
 def greedy(logits_SV: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeserve.kernels import reference_sampling
+from pipeserve.kernels import reference_dry, reference_sampling
 from pipeserve.kernels.sampling_state import BiasEntries, Penalties
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingBackend:
-    """Each function as its twin in reference_sampling.py describes it."""
+    """Each function as its twin in reference_sampling.py or reference_dry.py describes it."""
 
     uniform: Callable[[Tensor, Tensor], Tensor]
     greedy: Callable[[Tensor], Tensor]
@@ -26,8 +26,9 @@ class SamplingBackend:
     apply_penalties: Callable[[Tensor, Tensor, Penalties], Tensor]
     apply_bias: Callable[[Tensor, Tensor, BiasEntries, Tensor, Penalties | None], None]
     apply_masks: Callable[[Tensor, Tensor, Tensor], None]
-    record: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    record: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
     log_probs: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    repeat_lengths: Callable[[Tensor, Tensor], Tensor]
 
 
 REFERENCE = SamplingBackend(
@@ -40,6 +41,7 @@ REFERENCE = SamplingBackend(
     apply_masks=reference_sampling.apply_masks,
     record=reference_sampling.record,
     log_probs=reference_sampling.log_probs,
+    repeat_lengths=reference_dry.repeat_lengths,
 )
 """Plain torch: the CPU path."""
 
@@ -52,6 +54,7 @@ def sampling_backend_for(device: torch.device) -> SamplingBackend:
 def triton_sampling() -> SamplingBackend:
     """The kernels: for a GPU, or on the CPU in Triton's interpreter."""
     from pipeserve.kernels import (
+        dry,
         sampling,
         sampling_adjust,
         sampling_logprobs,
@@ -69,4 +72,5 @@ def triton_sampling() -> SamplingBackend:
         apply_masks=sampling_mask.apply_masks,
         record=sampling_adjust.record,
         log_probs=sampling_logprobs.log_probs,
+        repeat_lengths=dry.repeat_lengths,
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
 import torch
 
 from pipeserve.core.batch import MicroBatch, PipelineFacts, RowStart
+from pipeserve.core.sampler_chain import WHOLE_SEQUENCE, Dry, SamplerChain
 from pipeserve.core.sampling import MAX_LOGPROBS, SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.runtime.cuda_graphs import StepGraphs
@@ -217,7 +218,7 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
     num_tokens = min(facts.max_batch_tokens, num_chunks * facts.context_length)
     num_tokens_S = np.full(num_chunks, num_tokens // num_chunks, dtype=np.int32)
     num_tokens_S[: num_tokens % num_chunks] += 1
-    sampling = SamplingParams(
+    plain = SamplingParams(
         max_tokens=1,
         seed=0,
         top_p=0.9,
@@ -225,6 +226,19 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         frequency_penalty=0.5,
         logit_bias=((0, 1.0),),
         num_logprobs=min(MAX_LOGPROBS, facts.vocab_size),
+    )
+    # Half of the rows, or the only one, so that both kinds are met.
+    chained = replace(
+        plain,
+        max_tokens=max(1, facts.context_length - int(num_tokens_S.max())),
+        chain=SamplerChain(
+            penalty_window=WHOLE_SEQUENCE,
+            dry=Dry(multiplier=1.0),
+            top_n_sigma=1.0,
+            typical_p=0.9,
+            xtc_probability=0.5,
+            dynatemp_range=0.5,
+        ),
     )
     none = np.zeros(0, dtype=np.int32)
     return MicroBatch(
@@ -238,7 +252,7 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         starts=tuple(
             RowStart(
                 row=row,
-                sampling=sampling,
+                sampling=chained if (row + num_chunks) % 2 else plain,
                 token_ids=np.zeros(count, dtype=np.int32),
                 num_prompt_tokens=int(count),
             )

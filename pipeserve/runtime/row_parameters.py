@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class RowParameters:
 
     def start(self, start: RowStart) -> None:
         """A sequence takes a row."""
-        row, params = start.row, start.sampling
+        row, params = start.row, _plain_part(start.sampling)
         top_k = self._vocab_size if params.top_k is None else params.top_k
         self._seeds_R[row] = params.seed
         self._numbers_FR[0, row] = min(top_k, self._vocab_size)
@@ -164,6 +164,18 @@ class RowParameters:
                 values_E=np.concatenate([bias.values_E for bias in found]),
             ),
         )
+
+
+def _plain_part(params: SamplingParams) -> SamplingParams:
+    """What comes before a chain. The row's plain draw is a greedy one, the cheapest, which the
+    chain's own then overwrites."""
+    if params.chain is None:
+        return params
+    if not params.has_penalties:
+        params = replace(
+            params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0
+        )
+    return replace(params, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0)
 
 
 def _row_bias(params: SamplingParams, vocab_size: int) -> _RowBias:

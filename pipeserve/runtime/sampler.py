@@ -16,9 +16,11 @@ from torch import Tensor
 
 from pipeserve.core.batch import IntArray, RowStart, StepMasks
 from pipeserve.core.constraint import num_words
+from pipeserve.core.sampler_chain import Dry, Mirostat, SamplerChain
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.kernels.sampling_backend import SamplingBackend
 from pipeserve.kernels.sampling_state import Penalties
+from pipeserve.runtime.chain_sampler import ChainSampler
 from pipeserve.runtime.devices import int_tensor
 from pipeserve.runtime.row_parameters import Method, RowParameters, SamplingStep
 from pipeserve.runtime.sampled import AskedLogprobs, Drawn
@@ -41,6 +43,7 @@ class Sampler:
         self._kernels = backend
         self._parameters = RowParameters(num_rows=num_rows, vocab_size=vocab_size, device=device)
         self._seen: _SeenTokens | None = None
+        self._chains: ChainSampler | None = None
 
     def start(self, start: RowStart) -> None:
         """A sequence takes a row."""
@@ -49,6 +52,15 @@ class Sampler:
             if self._seen is None:
                 self._seen = _SeenTokens(self._shape_RV, self._device)
             self._seen.start(start)
+        if self._chains is None and start.sampling.chain is not None:
+            self._chains = ChainSampler(
+                num_rows=self._shape_RV[0],
+                vocab_size=self._shape_RV[1],
+                device=self._device,
+                backend=self._kernels,
+            )
+        if self._chains is not None:
+            self._chains.start(start)
 
     def sample(
         self,
@@ -69,10 +81,14 @@ class Sampler:
                 adjusted_SV = logits_SV.clone()
             self._kernels.apply_masks(adjusted_SV, *upload_masks(masks, self._device))
         ids_S = self._draw(adjusted_SV, step)
+        if self._chains is not None:
+            self._chains.sample(adjusted_SV, ids_S, rows_S, positions_S)
         if penalties is not None:
             rows = step.on_device
             self._kernels.record(
-                ids_S, rows.longs(Line.ROWS), rows.ints(Line.POSITIONS), penalties.output_counts_RV
+                *(ids_S, rows.longs(Line.ROWS), rows.ints(Line.POSITIONS)),
+                penalties.output_counts_RV,
+                None,
             )
         return Drawn(ids_S=ids_S, logprobs=self._log_probs(logits_SV, ids_S, step))
 
@@ -138,6 +154,22 @@ def compile_kernels(*, vocab_size: int, device: torch.device, backend: SamplingB
         replace(plain, temperature=0.0, logit_bias=((0, 1.0),)),
         replace(plain, top_p=0.5, presence_penalty=1.0),
         replace(plain, top_p=0.5, presence_penalty=1.0, logit_bias=((0, 1.0),)),
+        replace(plain, chain=SamplerChain(mirostat=Mirostat())),
+        replace(
+            plain,
+            top_k=1,
+            top_p=0.5,
+            min_p=0.1,
+            presence_penalty=1.0,
+            chain=SamplerChain(
+                penalty_window=1,
+                dry=Dry(multiplier=1.0),
+                top_n_sigma=1.0,
+                typical_p=0.9,
+                xtc_probability=0.5,
+                dynatemp_range=0.5,
+            ),
+        ),
     )
     sampler = Sampler(num_rows=1, vocab_size=vocab_size, device=device, backend=backend)
     words_MW = np.full((1, num_words(vocab_size)), -1, dtype=np.int32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.constraint import Grammar
@@ -21,6 +22,7 @@ from pipeserve.server.requests import GenerationRequest
 from pipeserve.server.state import Services
 from pipeserve.text.answer import AnswerForm
 from pipeserve.text.detokenizer import Detokenizer
+from pipeserve.text.sequence_breakers import breaker_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +193,7 @@ def _plan(
         max_tokens=limits[0],
         vocab_size=services.tokenizer.vocab_size,
         eos_token_ids=own_ends | further_ends,
+        breaker_groups=partial(breaker_groups, services.tokenizer),
     )
     if grammar is not None:  # nothing else may follow, also where ends should be ignored
         stops = tuple(sorted({*sampling.stop_token_ids, *own_ends}))

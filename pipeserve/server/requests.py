@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeserve.core.admission import AdmissionParams
+from pipeserve.core.sampler_chain import BreakerGroup
 from pipeserve.core.sampling import MAX_SEED, SamplingParams
 from pipeserve.errors import InvalidParameterError
 from pipeserve.server.body import Body, Ignored, Refused, check_token_ids, kind_of_text, shown
+from pipeserve.server.sampler_fields import SamplerFields
 from pipeserve.server.structured import FormRequest
 
 MAX_CHOICES = 128
@@ -34,12 +37,12 @@ class StreamOptions(Body):
 
 
 _ECHO = "send echo and logprobs to /v1/completions"
-_NO_SAMPLER = "leave it out; this version has no such sampler"
+_NO_BANNED_STRINGS = "leave it out, or ban single tokens by logit_bias"
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class GenerationRequest(FormRequest):
+class GenerationRequest(FormRequest, SamplerFields):
     """What chat and plain completions have in common."""
 
     model: str
@@ -85,13 +88,7 @@ class GenerationRequest(FormRequest):
     prompt_logprobs: Annotated[Any, Refused(_ECHO, False)] = None
     use_beam_search: Annotated[Any, Refused("leave it out", False)] = None
 
-    typical_p: Annotated[Any, Refused(_NO_SAMPLER, 1)] = None
-    top_n_sigma: Annotated[Any, Refused(_NO_SAMPLER, -1)] = None
-    xtc_probability: Annotated[Any, Refused(_NO_SAMPLER, 0)] = None
-    dry_multiplier: Annotated[Any, Refused(_NO_SAMPLER, 0)] = None
-    mirostat: Annotated[Any, Refused(_NO_SAMPLER, 0)] = None
-    dynatemp_range: Annotated[Any, Refused(_NO_SAMPLER, 0)] = None
-    bad_words: Annotated[Any, Refused(_NO_SAMPLER, [])] = None
+    bad_words: Annotated[Any, Refused(_NO_BANNED_STRINGS, [])] = None
     allowed_token_ids: Annotated[Any, Refused("send logit_bias", [])] = None
     truncate_prompt_tokens: Annotated[Any, Refused("shorten the prompt")] = None
     include_stop_str_in_output: Annotated[Any, Refused("add the stop string yourself", False)] = (
@@ -155,9 +152,17 @@ class GenerationRequest(FormRequest):
         return tuple((self.seed + index) % (MAX_SEED + 1) for index in range(self.num_choices))
 
     def sampling(
-        self, *, seed: int, max_tokens: int, vocab_size: int, eos_token_ids: frozenset[int]
+        self,
+        *,
+        seed: int,
+        max_tokens: int,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        breaker_groups: Callable[[tuple[str, ...]], tuple[BreakerGroup, ...]],
     ) -> SamplingParams:
         """The values that the request gives, and the defaults for the rest.
+
+        breaker_groups: what the strings that interrupt a repetition are in tokens.
 
         Raises:
             InvalidParameterError: a value is out of its range or names no token.
@@ -167,9 +172,11 @@ class GenerationRequest(FormRequest):
         }
         if self.top_k is not None and self.top_k > 0:
             given["top_k"] = min(self.top_k, vocab_size)
+        if self.repeat_penalty is not None:
+            given["repetition_penalty"] = self.repeat_penalty
         own_stops = self.stop_token_ids or ()
         check_token_ids(own_stops, vocab_size=vocab_size, param="stop_token_ids")
-        return SamplingParams(
+        params = SamplingParams(
             seed=seed,
             max_tokens=max_tokens,
             logit_bias=tuple(self._logit_bias(vocab_size)),
@@ -177,6 +184,8 @@ class GenerationRequest(FormRequest):
             stop_token_ids=tuple(sorted({*own_stops, *(() if self.ignore_eos else eos_token_ids)})),
             **given,
         )
+        chain = self.chain(penalises=params.has_penalties, breaker_groups=breaker_groups)
+        return params if chain is None else replace(params, chain=chain)
 
     def _logit_bias(self, vocab_size: int) -> Iterator[tuple[int, float]]:
         for key, bias in (self.logit_bias or {}).items():

@@ -61,6 +61,24 @@ def test_documents_are_parsed_into_models(client: openai.OpenAI) -> None:
         assert isinstance(answer.choices[0].message.parsed, City)
 
 
+def test_documents_are_valid_by_any_samplers(client: openai.OpenAI) -> None:
+    """XTC would take what is likely, DRY and the penalties what a document repeats."""
+    extra = {
+        **{"xtc_probability": 1, "xtc_threshold": 0, "dry_multiplier": 5, "dry_allowed_length": 1},
+        **{"repeat_penalty": 1.5, "top_n_sigma": 0.5, "typical_p": 0.5, "dynatemp_range": 1},
+    }
+    for body in ({"mirostat": 2}, extra):
+        answer = client.chat.completions.parse(
+            model="demo",
+            messages=QUESTION,
+            response_format=City,
+            seed=1,
+            max_tokens=300,
+            extra_body=body,
+        )
+        assert isinstance(answer.choices[0].message.parsed, City)
+
+
 def test_a_demanded_call(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="demo", messages=QUESTION, tools=[WEATHER], tool_choice="required", max_tokens=100

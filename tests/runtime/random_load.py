@@ -11,7 +11,7 @@ import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -229,11 +229,10 @@ class LoadedEngine:
         served = Served(
             seq_id=seq_id,
             prompt=tuple(prompt.tolist()),
-            sampling=SamplingParams(
+            sampling=replace(
+                params,
                 max_tokens=int(rng.integers(phase.least_output, load.max_output + 1)),
                 seed=seq_id,
-                temperature=params.temperature,
-                top_k=params.top_k,
             ),
             admission=AdmissionParams(
                 account=str(seq_id % 3), is_background=bool(rng.random() < BACKGROUND)

@@ -14,6 +14,7 @@ import torch
 
 from pipeserve.bench.shapes import find_shape
 from pipeserve.bench.synthetic import provide_model
+from pipeserve.core.sampler_chain import WHOLE_SEQUENCE, Dry, SamplerChain
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.errors import ConfigError
 from tests.runtime.driver import Prompt, Schedule, running_driver
@@ -35,6 +36,9 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return provide_model(request.param, find_shape(request.param), "q4_k_m", folder=folder)
 
 
+CHAIN = SamplerChain(dry=Dry(multiplier=1.0), typical_p=0.9, penalty_window=WHOLE_SEQUENCE)
+
+
 def storm(num_rows: int, vocab_size: int) -> list[Prompt]:
     """Long prompts that fill every row, sampled with all that costs memory."""
     rng = np.random.default_rng(5)
@@ -49,6 +53,7 @@ def storm(num_rows: int, vocab_size: int) -> list[Prompt]:
                 presence_penalty=0.1,
                 logit_bias=((5, 1.0),),
                 num_logprobs=20,
+                chain=CHAIN if row % 2 else None,
             ),
         )
         for row in range(num_rows)

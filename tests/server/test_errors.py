@@ -121,7 +121,7 @@ WRONG_FIELDS = [
     (TEXT, _text(logprobs=21), "logprobs", "at most 20"),
     (TEXT, _text(logprobs=True), "logprobs", "must be an integer"),
     (TEXT, _text(prompt_logprobs=1), "prompt_logprobs", "send echo and logprobs"),
-    (TEXT, _text(mirostat=2), "mirostat", "no such sampler"),
+    (TEXT, _text(mirostat=1), "mirostat", "send 2"),
     (TEXT, _text(skip_special_tokens=False), "skip_special_tokens", "leave it out"),
     (TEXT, _text(max_tokens=0), "max_tokens", "set echo"),
     (TEXT, _text(echo=True, suffix="x"), "suffix", "leave one of them out"),

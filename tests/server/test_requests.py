@@ -48,7 +48,11 @@ def test_any_value_in_any_field_parses_or_is_refused_by_name(
     try:
         request = parse(body, kind)
         sampling = request.sampling(
-            seed=0, max_tokens=10, vocab_size=100, eos_token_ids=frozenset({2})
+            seed=0,
+            max_tokens=10,
+            vocab_size=100,
+            eos_token_ids=frozenset({2}),
+            breaker_groups=lambda _: (),
         )
     except InvalidParameterError as error:
         known = error.param is None or error.param.startswith(field)

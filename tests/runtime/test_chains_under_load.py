@@ -1,0 +1,77 @@
+"""Chains of samplers in a whole pipeline: the same tokens alone, in a crowd and when preempted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeserve.core.sampling import SamplingParams
+from tests.models import tiny
+from tests.runtime import random_load
+from tests.runtime.driver import Prompt, Schedule, running_driver
+from tests.runtime.random_load import Load, Phase, loaded_engine
+from tests.runtime.test_chain_sampler import CHAINS, MIROSTAT
+
+ALL_CHAINS = [*CHAINS.values(), MIROSTAT]
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chains") / "tiny.gguf"
+    return tiny.write_gguf(path, tiny.random_llama(tiny.llama_config()))
+
+
+def sampling(seed: int, **changes: object) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 12, "seed": seed, **changes})  # type: ignore[arg-type]
+
+
+def test_alone_as_in_a_crowd(tiny_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    crowd = [
+        Prompt(
+            token_ids=rng.integers(0, 12, 5 + index).tolist(),
+            sampling=sampling(index, **(ALL_CHAINS[index // 2] if index % 2 else {"top_p": 0.9})),
+        )
+        for index in range(2 * len(ALL_CHAINS))
+    ]
+    with running_driver(tiny_path, block_size=4, max_num_seqs=40) as driver:
+        together = driver.generate(crowd, Schedule(chunk_size=7))
+        alone = [driver.generate([prompt])[0] for prompt in crowd]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+
+
+def test_preempted_sequences_get_the_same_tokens(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine drops steps in flight and gives a sequence another row."""
+    mix = [sampling(0, **MIROSTAT), *(sampling(0, **changes) for changes in CHAINS.values())]
+    monkeypatch.setattr(random_load, "MIX", (mix[0], *mix, sampling(0)))
+    load = Load(
+        phases=[Phase(num_live=3, max_prompt=20), Phase(num_live=9, max_prompt=8, least_output=30)],
+        events_per_phase=40,
+        num_tokens=500,
+        max_output=36,
+    )
+    with loaded_engine(
+        tiny_path,
+        ("cpu", "cpu"),
+        record_every=10_000,
+        max_num_seqs=6,
+        block_size=4,
+        kv_cache_bytes=40 * 2 * 4 * 2 * 8 * 4 * 2,  # 40 blocks of the larger stage's two layers
+        max_num_batched_tokens=24,
+    ) as loaded:
+        served = loaded.run(load)
+        preempted = [s for s in served if len(s.admitted_lengths) > 1 and not s.is_aborted]
+        under_load = [list(sequence.token_ids) for sequence in preempted]
+        alone = [loaded.run_alone(sequence) for sequence in preempted]
+    assert any(s.sampling.chain and s.sampling.chain.mirostat for s in preempted)
+    assert sum(s.sampling.chain is not None for s in preempted) > 3
+    differing = [
+        (sequence.sampling, sequence.admitted_lengths, len(sequence.prompt), expected, found)
+        for sequence, expected, found in zip(preempted, alone, under_load, strict=True)
+        if expected != found
+    ]
+    assert differing == []
