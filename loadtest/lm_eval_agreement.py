@@ -24,14 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import lm_eval
+from daemons import running_daemon, wait_ready
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
 from pipeserve.config import default_cache_dir
 from pipeserve.hub import resolve_model
-
-from daemons import running_daemon, wait_ready
 
 ITEMS = json.loads(Path(__file__).with_name("lm_eval_items.json").read_text())
 MOST_DIFFERENCE = 0.01

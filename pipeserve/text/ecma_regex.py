@@ -18,7 +18,9 @@ _SPECIAL = frozenset("\\.+*?()|[]{}^$#&-~")
 
 _COUNT = re.compile(r"\{\d+(,\d*)?\}")
 _GROUP = re.compile(r"\((\?(:|i\)|i:|P?<[A-Za-z_]\w*>|<?[=!]))?")
-_CODE = re.compile(r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\}|c([A-Za-z])|0(?!\d)")
+_CODE = re.compile(
+    r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\}|c([A-Za-z])|0(?!\d)"
+)
 _PROPERTY = re.compile(r"[pP]\{[\w=]+\}")
 
 
