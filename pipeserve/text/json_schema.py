@@ -55,12 +55,19 @@ def compilable(schema: dict[str, Any]) -> dict[str, Any]:
             written[key] = rust_regex(value)
         elif key in _MAPS and isinstance(value, dict):
             named = {name: _any(each) for name, each in value.items()}
-            if key == "patternProperties":
-                named = {rust_regex(name): each for name, each in named.items()}
-            written[key] = named
+            written[key] = _by_pattern(named) if key == "patternProperties" else named
         else:
             written[key] = _any(value)
     return _with_format(written)
+
+
+def _by_pattern(schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """Two patterns may become the same."""
+    written: dict[str, Any] = {}
+    for pattern, schema in schemas.items():
+        name = rust_regex(pattern)
+        written[name] = {"allOf": [written[name], schema]} if name in written else schema
+    return written
 
 
 def _any(value: object) -> Any:

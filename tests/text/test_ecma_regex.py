@@ -102,6 +102,13 @@ def test_documents_within_a_schema_are_no_patterns(writer: Writer) -> None:
     assert not writer.can_write(schema, '{"pattern": {"pattern": "\\\\Z"}, "enum": "\u0085"}')
 
 
+def test_two_names_of_one_pattern(writer: Writer) -> None:
+    schema = {"patternProperties": {r"^\d$": {"minimum": 3}, "^[0-9]$": {"maximum": 5}}}
+    assert writer.can_write(schema, '{"1": 4}')
+    assert not writer.can_write(schema, '{"1": 2}')
+    assert not writer.can_write(schema, '{"1": 6}')
+
+
 PIECES = (
     r"a b c - ^ & ~ [ ] [^ . \d \w \s \D \W \S * + ? {2} {1,} ( (?: ) | , 0 a-c \- \] \[ \\".split()
 )
