@@ -21,6 +21,7 @@ _LEADING_DIGITS = re.compile(rb"[+-]?(\d+)")
 _IN_EXPONENT = re.compile(rb"\d[eE][+-]?(\d*)$")
 _TAIL_BYTES = 5
 """As many as show an exponent: digit, letter, sign, two digits."""
+_IN_NUMBERS = tuple(bytes([byte]) for byte in b"0123456789eE+-")
 _TOO_LARGE = re.compile(rb"(^|[\d.])[eE][+-]?\d{3}")
 
 
@@ -53,12 +54,15 @@ class NumberGuard:
 
     def accept(self, token_id: int) -> None:
         piece = self._tokens.pieces[token_id]
+        if b'"' in piece or min(piece, default=0x20) < 0x20 or self._is_in_string:
+            self._follow_string(piece)
+        if self._is_in_string or not piece.endswith(_IN_NUMBERS):
+            self._tail, self._num_digits = b"", 0
+            return
         self._tail = (self._tail + piece)[-_TAIL_BYTES:]
         num_digits = len(piece) - len(piece.rstrip(b"0123456789"))
         is_all_digits = num_digits == len(piece)
         self._num_digits = self._num_digits + num_digits if is_all_digits else num_digits
-        if b'"' in piece or min(piece, default=0x20) < 0x20 or self._is_in_string:
-            self._follow_string(piece)
 
     def _follow_string(self, piece: bytes) -> None:
         for byte in piece:
@@ -73,11 +77,10 @@ class NumberGuard:
 
     def without_huge(self, mask_W: WordArray) -> WordArray:
         """The mask less the tokens that make a number too large, where others are left."""
-        if self._is_in_string:
+        too_large = self._tokens.too_large
+        if self._is_in_string or (too_large is None and not self._tail):
             return mask_W
-        rest_W = mask_W
-        if self._tokens.too_large is not None:
-            rest_W = rest_W & ~self._tokens.too_large
+        rest_W = mask_W if too_large is None else mask_W & ~too_large
         if (found := _IN_EXPONENT.search(self._tail)) is not None:
             num_left = max(0, MAX_EXPONENT_DIGITS - len(found[1]))
             rest_W = rest_W & ~self._tokens.with_digits[num_left]
