@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c .ci/constrain
 TRITON := triton==3.6.0
 PINS := pyproject.toml .ci/constraints.txt
 
-.PHONY: help serve test lint types kernels-aot loadtest clean
+.PHONY: help serve test lint types kernels-aot loadtest lm-eval clean
 .PHONY: install install-program install-service
 .DELETE_ON_ERROR:
 
@@ -45,6 +45,9 @@ loadtest: .venv/.loadtest-stamp ## 30 s of Locust users against a running server
 	$(BIN)/locust -f loadtest/locustfile.py --headless --run-time 30s --stop-timeout 30s \
 		--users $(USERS) --spawn-rate $(USERS) --host $(HOST) $(ARGS)
 
+lm-eval: .venv-lm-eval/.stamp ## lm-evaluation-harness through the API and on transformers itself
+	.venv-lm-eval/bin/python loadtest/lm_eval_agreement.py $(ARGS)
+
 install: install-program install-service ## as a system service; DESTDIR, PREFIX=/opt/pipeserve
 
 # The interpreter finds its packages by its own place, so the folder may be moved out of DESTDIR.
@@ -69,8 +72,8 @@ install-service:
 	test -e $(DESTDIR)$(SYSCONFDIR)/pipeserve/pipeserve.env || install -m 640 \
 		systemd/pipeserve.env $(DESTDIR)$(SYSCONFDIR)/pipeserve/pipeserve.env
 
-clean: ## delete the virtual environment and the tools' caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## delete the virtual environments and the tools' caches
+	rm -rf .venv .venv-lm-eval .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -99,3 +102,10 @@ clean: ## delete the virtual environment and the tools' caches
 .venv/.loadtest-stamp: $(PINS) | .venv/bin/python
 	$(PIP) -e '.[loadtest]'
 	@touch .venv/.base-stamp $@
+
+# Apart from the others, since the harness brings half a gigabyte along.
+.venv-lm-eval/.stamp: $(PINS) | .venv/bin/python
+	.venv/bin/python -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip --disable-pip-version-check install -c .ci/constraints.txt \
+		-e '.[lm-eval]'
+	@touch $@

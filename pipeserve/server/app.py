@@ -37,6 +37,7 @@ def build_app(
     app.router.add_post("/tokenize", handlers.tokenize_text)
     app.router.add_post("/detokenize", handlers.detokenize_tokens)
     app.router.add_post("/apply-template", handlers.render_template)
+    app.router.add_get("/tokenizer_info", handlers.describe_tokenizer)
     app.router.add_get("/openapi.json", handlers.openapi)
     app.router.add_get("/health", handlers.health)
     app.router.add_get("/metrics", handlers.metrics)

@@ -45,6 +45,7 @@ class Choice:
         scores: Scores | None,
         record: RequestRecord,
         generates: bool,
+        scores_end: bool,
         echo: tuple[Sequence[int], str] | None,
     ) -> None:
         """generates: see Plan. echo: a prompt that the answer begins with, as ids and as text."""
@@ -59,6 +60,7 @@ class Choice:
         self._scores = scores
         self._record = record
         self._generates = generates
+        self._scores_end = scores_end
         self._echo = echo
         self._arrived_at: float | None = None
         """When the latest tokens did."""
@@ -143,13 +145,18 @@ class Choice:
 
     def _text(self, token: GeneratedToken) -> str:
         if token.finish_reason is FinishReason.STOP:
+            if self._scores_end:
+                self._score(token)
             return self._detokenizer.finish()
         text = self._detokenizer.push(token.token_id)
-        if self._scores is not None and token.logprobs is not None:
-            self._scores.add(token.token_id, token.logprobs)
+        self._score(token)
         if token.finish_reason is not None:
             text += self._detokenizer.finish()
         return text
+
+    def _score(self, token: GeneratedToken) -> None:
+        if self._scores is not None and token.logprobs is not None:
+            self._scores.add(token.token_id, token.logprobs)
 
     def _end(self, reason: FinishReason, *, is_ended: bool) -> None:
         """is_ended: in the engine, which is told otherwise."""
@@ -235,6 +242,7 @@ def _choice(
         scores=Scores(services.tokenizer, plan.shown_token_ids) if plan.has_logprobs else None,
         record=record,
         generates=plan.generates,
+        scores_end=plan.scores_end,
         echo=None if sequence.echo is None else (sequence.prompt_token_ids, sequence.echo),
     )
 

@@ -23,7 +23,13 @@ from pipeserve.server.plan import Plan, plan_chat, plan_completion
 from pipeserve.server.responses import FinishedChoice, Reply, Usage, model_object
 from pipeserve.server.sse import DONE, EVENT_STREAM, EventStream, event
 from pipeserve.server.state import AppState, Phase, Services
-from pipeserve.server.text_requests import Json, apply_template, detokenize, tokenize
+from pipeserve.server.text_requests import (
+    Json,
+    apply_template,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
 from pipeserve.text.answer import AnswerParts
 
 OPTIONS = web.AppKey("options", LiveOptions)
@@ -63,6 +69,11 @@ async def detokenize_tokens(request: web.Request) -> web.Response:
 async def render_template(request: web.Request) -> web.Response:
     """POST /apply-template"""
     return await _answer_text(request, apply_template)
+
+
+async def describe_tokenizer(request: web.Request) -> web.Response:
+    """GET /tokenizer_info"""
+    return web.json_response(tokenizer_info(_loaded(request)))
 
 
 async def openapi(request: web.Request) -> web.Response:

@@ -70,7 +70,12 @@ def _gets() -> Json:
         "200": {"description": "Prometheus metrics.", "content": text},
         "4XX": {"description": "Refused.", "content": _json_of("Error")},
     }
+    tokenizer = {
+        "summary": "Special tokens and chat template",
+        "responses": _responses("TokenizerInfo"),
+    }
     return {
+        "/tokenizer_info": {"get": tokenizer},
         "/v1/models": {"get": {"summary": "What is served", "responses": _responses("ModelList")}},
         "/v1/models/{model}": {"get": model},
         "/health": {"get": {"summary": "Whether requests are taken", "responses": health}},
@@ -118,6 +123,13 @@ _ANSWERS: Json = {
     "Tokens": _object(tokens={"type": "array"}, count=_NUMBER, max_model_len=_NUMBER),
     "Text": _object(content=_TEXT, prompt=_TEXT),
     "Prompt": _object(prompt=_TEXT),
+    "TokenizerInfo": _object(
+        bos_token=_MAYBE_TEXT,
+        eos_token=_MAYBE_TEXT,
+        add_bos_token={"type": "boolean"},
+        chat_template=_TEXT,
+        model_max_length=_NUMBER,
+    ),
     "Model": _MODEL,
     "ModelList": _object(object=_TEXT, data=_list_of(_MODEL)),
     "Health": _object(status=_TEXT, reason=_TEXT, detail=_TEXT),

@@ -59,6 +59,8 @@ class Plan:
     """Control tokens whose names count as text."""
     generates: bool = True
     """False: the one token that each sequence generates is dropped, only the prompt is wanted."""
+    scores_end: bool = False
+    """Whether the token that ends an answer has its place among the log-probabilities."""
 
     @property
     def has_logprobs(self) -> bool:
@@ -96,7 +98,8 @@ def plan_completion(body: bytes, services: Services, strict_fields: bool) -> Pla
     plan = _plan(request, prompts, services, param="prompt", further_ends=ends, grammar=grammar)
     if request.echo:
         plan = _with_echo(plan, services)
-    return replace(plan, generates=request.max_tokens != 0)
+    # So there are as many as generated tokens, which those count who want the prompt's alone.
+    return replace(plan, generates=request.max_tokens != 0, scores_end=True)
 
 
 def _with_echo(plan: Plan, services: Services) -> Plan:

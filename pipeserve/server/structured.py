@@ -5,10 +5,10 @@ Runs in the text executor. The fields are OpenAI's, vLLM's (of today and before)
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import from_json
 
 from pipeserve.core.constraint import Grammar
 from pipeserve.errors import GrammarError, InvalidParameterError
@@ -156,6 +156,6 @@ def _schema(given: Schema | str) -> object:
     if not isinstance(given, str):
         return given
     try:
-        return json.loads(given)
+        return from_json(given)  # which bounds the depth, as that of bodies is
     except ValueError as error:
         raise GrammarError(f"the schema is not JSON: {error}") from None

@@ -1,4 +1,5 @@
-"""The bodies of /tokenize, /detokenize and /apply-template, and what is answered to them.
+"""The bodies of /tokenize, /detokenize and /apply-template, and what is answered to them; also
+/tokenizer_info, which has none.
 
 Runs in the text executor; pure functions of their arguments. The first two speak the fields of
 llama-server and of vLLM.
@@ -113,6 +114,19 @@ def apply_template(body: bytes, services: Services, strict_fields: bool) -> Json
     request = parse(body, ApplyTemplateRequest, strict_fields=strict_fields)
     _check_model(request.model, services)
     return {"prompt": render_chat(request, services)}
+
+
+def tokenizer_info(services: Services) -> Json:
+    """What programs need beside /tokenize to do without the model's own tokenizer files; in the
+    names of transformers and of vLLM."""
+    tokenizer = services.tokenizer
+    return {
+        "bos_token": tokenizer.bos_token or None,
+        "eos_token": tokenizer.eos_token or None,
+        "add_bos_token": tokenizer.add_bos,
+        "chat_template": services.chat_template.source,
+        "model_max_length": services.engine.facts.context_length,
+    }
 
 
 def _check_model(name: str | None, services: Services) -> None:

@@ -70,6 +70,7 @@ class ChatTemplate:
         self._bos_token = bos_token
         self._eos_token = eos_token
         source = PLAIN if source is None else source
+        self.source = source
         if len(source) > MAX_SOURCE_CHARACTERS:
             raise ChatTemplateError(
                 f"the model's chat template has {len(source)} characters; at most "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from pipeserve.core.constraint import Grammar, WordArray, num_words
 from pipeserve.errors import GrammarError
+from pipeserve.text.json_schema import compilable
+from pipeserve.text.number_guard import NumberGuard, NumberTokens
 from pipeserve.text.tokenizer import Tokenizer
 
 MAX_DEFINITION_CHARACTERS = 1_000_000
@@ -26,6 +29,9 @@ MAX_WHITESPACE = 40
 
 Part = dict[str, Any]
 """One grammar of a definition, of which the first is where an answer begins."""
+
+_JSON = '"json_schema"'
+"""A definition holds this where a part of it is a schema: in texts of others quotes are escaped."""
 
 _JSON_OPTIONS: Mapping[str, Any] = {
     "whitespace_pattern": rf"[ \n\r\t]{{1,{MAX_WHITESPACE}}}",
@@ -39,7 +45,8 @@ def json_grammar(schema: object) -> Grammar:
     """Any JSON document that is valid by this schema.
 
     Raises:
-        GrammarError: the schema is neither an object nor true or false.
+        GrammarError: the schema is neither an object nor true or false, or a pattern in it is no
+            regular expression.
     """
     return of_parts(json_part(schema))
 
@@ -51,7 +58,7 @@ def json_part(schema: object) -> Part:
     if not isinstance(schema, dict):
         raise GrammarError("a JSON schema is an object, or true or false")
     # The schema's own options give way: they could make it lenient.
-    return {"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}
+    return {"json_schema": {**compilable(schema), "x-guidance": _JSON_OPTIONS}}
 
 
 def regex_grammar(pattern: str) -> Grammar:
@@ -95,7 +102,7 @@ class GrammarCompiler:
         self._read_tokenizer = read_tokenizer
         self._num_words = num_words(vocab_size)
         self._lock = threading.Lock()
-        self._prepared: tuple[LLTokenizer, frozenset[int]] | None = None
+        self._prepared: _Prepared | None = None
         self._limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 
     def check(self, grammar: Grammar) -> None:
@@ -117,30 +124,48 @@ class GrammarCompiler:
                 f"it has {len(grammar.definition)} characters; at most "
                 f"{MAX_DEFINITION_CHARACTERS} are possible: shorten it"
             )
-        vocabulary, ends = self._vocabulary()
-        matcher = LLMatcher(vocabulary, grammar.definition, log_level=0, limits=self._limits)
+        prepared = self._vocabulary()
+        matcher = LLMatcher(
+            prepared.vocabulary, grammar.definition, log_level=0, limits=self._limits
+        )
         if matcher.is_error():
             raise GrammarError(_first_lines(matcher.get_error()))
-        return GrammarConstraint(matcher, ends, self._num_words)
+        guard = NumberGuard(prepared.numbers) if _JSON in grammar.definition else None
+        return GrammarConstraint(matcher, prepared.ends, self._num_words, guard)
 
-    def _vocabulary(self) -> tuple[LLTokenizer, frozenset[int]]:
-        """And the tokens that end an answer."""
+    def _vocabulary(self) -> _Prepared:
         with self._lock:
             if self._prepared is None:
                 tokenizer = self._read_tokenizer()
                 ends = tokenizer.eos_token_ids
                 wrapped: Any = _Vocabulary(tokenizer)
-                vocabulary = LLTokenizer(wrapped, eos_token=sorted(ends))
-                self._prepared = vocabulary, ends
+                self._prepared = _Prepared(
+                    vocabulary=LLTokenizer(wrapped, eos_token=sorted(ends)),
+                    ends=ends,
+                    numbers=NumberTokens(wrapped.tokens, self._num_words),
+                )
             return self._prepared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A vocabulary as grammars are compiled for it."""
+
+    vocabulary: LLTokenizer
+    ends: frozenset[int]
+    """The tokens that end an answer."""
+    numbers: NumberTokens
 
 
 class GrammarConstraint:
     """A TokenConstraint by llguidance."""
 
-    def __init__(self, matcher: LLMatcher, ends: frozenset[int], num_words: int) -> None:
+    def __init__(
+        self, matcher: LLMatcher, ends: frozenset[int], num_words: int, guard: NumberGuard | None
+    ) -> None:
         """ends: the tokens that end an answer, allowed where the grammar is satisfied."""
         self._matcher = matcher
+        self._guard = guard
         self._ends = ends
         self._num_words = num_words
 
@@ -155,11 +180,13 @@ class GrammarConstraint:
                 mask_W.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         if not mask_W.any():
             raise GrammarError(_DEAD_END)
-        return mask_W
+        return mask_W if self._guard is None else self._guard.without_huge(mask_W)
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
         self._check()
+        if self._guard is not None:
+            self._guard.accept(token_id)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -220,6 +247,7 @@ own holds."""
 
 
 _DEAD_END = "no token of this model can go on with an answer that matches it"
+_OVERLAPPING = "the branches of a oneOf may overlap; send anyOf, or a const that tells them apart"
 
 
 def _first_lines(problem: str) -> str:
@@ -227,4 +255,6 @@ def _first_lines(problem: str) -> str:
     # It has no other way to say that the vocabulary lacks a byte that must come.
     if problem.startswith("NoExtension") or "forced bytes" in problem:
         return _DEAD_END
+    if "coerce_one_of" in problem:  # an option of the compiler's, of which no client knows
+        return _OVERLAPPING
     return problem.split("<backtrace>")[0].strip()[:500]

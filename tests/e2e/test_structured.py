@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pydantic
 import pytest
+from langchain_openai import ChatOpenAI
 
 from tests.e2e.daemon_process import DaemonProcess, daemon
 
@@ -77,6 +78,13 @@ def test_documents_are_valid_by_any_samplers(client: openai.OpenAI) -> None:
             extra_body=body,
         )
         assert isinstance(answer.choices[0].message.parsed, City)
+
+
+def test_langchain_parses_them_too(served: DaemonProcess) -> None:
+    model = ChatOpenAI(model="demo", base_url=f"{served.url}/v1", api_key="none", max_tokens=300)
+    assert isinstance(model.with_structured_output(City).invoke(QUESTION), City)
+    chunks = list(model.bind(max_tokens=8).stream(QUESTION))
+    assert "".join(str(chunk.content) for chunk in chunks)
 
 
 def test_a_demanded_call(client: openai.OpenAI) -> None:

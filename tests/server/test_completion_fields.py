@@ -44,6 +44,20 @@ async def test_echo_with_logprobs_scores_the_prompt_but_its_first_token(server: 
     assert server.engine.submitted[0].sampling.num_prompt_logprobs == 2
 
 
+async def test_an_answer_that_ends_at_once_has_a_score_behind_the_prompts(server: Server) -> None:
+    """A harness takes the last away as the one generated token's, whatever that is."""
+    server.engine.answer = text_answer("")
+    async with server.async_openai() as client:
+        answer = await client.completions.create(
+            model="tiny", prompt=[97, 98], echo=True, logprobs=1, max_tokens=1
+        )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["a", "b", "<|end|>"]
+    assert logprobs.text_offset == [0, 1, 2]
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("ab", "stop")
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_no_tokens_but_the_echo(server: Server, is_stream: bool) -> None:
     """As a harness asks that wants nothing but the likelihood of a text."""

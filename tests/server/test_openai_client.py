@@ -267,9 +267,9 @@ async def test_completion_logprobs(server: Server) -> None:
     assert answer.choices[0].text == "aéb"
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
-    assert logprobs.tokens == ["a", "bytes:\\xc3", "bytes:\\xa9", "<|mark|>", "b"]
-    assert logprobs.token_logprobs == [-0.5] * 5
-    assert logprobs.text_offset == [0, 1, 1, 2, 2]
+    assert logprobs.tokens == ["a", "bytes:\\xc3", "bytes:\\xa9", "<|mark|>", "b", "<|end|>"]
+    assert logprobs.token_logprobs == [-0.5] * 6
+    assert logprobs.text_offset == [0, 1, 1, 2, 2, 3]
     assert logprobs.top_logprobs is not None
     assert logprobs.top_logprobs[0] == {"a": -0.5, "b": -1.5}
 

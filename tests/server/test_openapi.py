@@ -38,6 +38,7 @@ PATHS = {
     "/tokenize": "POST",
     "/detokenize": "POST",
     "/apply-template": "POST",
+    "/tokenizer_info": "GET",
     "/v1/models": "GET",
     "/v1/models/{model}": "GET",
     "/health": "GET",

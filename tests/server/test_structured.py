@@ -116,6 +116,8 @@ REFUSED: tuple[tuple[dict[str, Any], str, str], ...] = (
     ({"json_schema": {"$ref": "http://localhost/x"}}, "json_schema", "localhost"),
     ({"json_schema": {"pattern": "(?=a)b", "type": "string"}}, "json_schema", "look-ahead"),
     ({"guided_json": "{"}, "guided_json", "not JSON"),
+    ({"guided_json": '{"items":' * 5000 + "{}" + "}" * 5000}, "guided_json", "recursion"),
+    ({"json_schema": {"items": {"pattern": r"\Aa"}}}, "json_schema", "ECMA-262 lacks"),
     ({"guided_json": 5}, "guided_json", "an object"),
     ({"guided_regex": "[a-"}, "guided_regex", "unclosed"),
     ({"guided_choice": []}, "guided_choice", "at least 1"),

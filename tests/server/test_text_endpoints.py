@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from pipeserve.server.model_facts import ModelFacts
-from tests.server.conftest import Server
+from tests.server.conftest import TEMPLATE, Server
 from tests.server.fakes import BOS, MARK
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -52,6 +52,18 @@ async def test_apply_template(server: Server) -> None:
         "/apply-template", {**CHAT, "chat_template_kwargs": {"prefix": ">"}}
     )
     assert answer == {"prompt": ">user:hi\nassistant:"}
+
+
+async def test_tokenizer_info(server: Server) -> None:
+    async with server.http.get(f"{server.url}/tokenizer_info") as response:
+        info = await response.json()
+    assert info == {
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "add_bos_token": True,
+        "chat_template": TEMPLATE,
+        "model_max_length": 512,
+    }
 
 
 @pytest.mark.parametrize(

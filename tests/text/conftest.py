@@ -1,6 +1,8 @@
-"""A tokenizer whose tokens are the 256 bytes, for tests that cut text anywhere."""
+"""A tokenizer whose tokens are the 256 bytes, for tests that cut text anywhere, and a real one."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -14,4 +16,10 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Ids 0 to 255 are the bytes, 257 is the control token <|end|>."""
     path = tmp_path_factory.mktemp("bytes") / "bytes.gguf"
     with GGUFFile.open(write_byte_vocabulary(path)) as file:
+        return Tokenizer.from_gguf(file)
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(demo_model_path: Path) -> Tokenizer:
+    with GGUFFile.open(demo_model_path) as file:
         return Tokenizer.from_gguf(file)

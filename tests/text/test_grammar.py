@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import jsonschema_rs
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -19,45 +16,13 @@ from pipeserve.core.constraint import Grammar
 from pipeserve.errors import GrammarError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.text.grammar import (
-    GrammarCompiler,
     choice_grammar,
     json_grammar,
     regex_grammar,
     text_grammar,
 )
 from pipeserve.text.tokenizer import Tokenizer
-
-MOST_TOKENS = 3000
-CLOSING = frozenset(b'"}]')
-
-
-def allowed_ids(words_W: np.ndarray) -> list[int]:
-    return np.flatnonzero(np.unpackbits(words_W.view(np.uint8), bitorder="little")).tolist()
-
-
-class Writer:
-    """A model that knows nothing: any allowed token, but for a liking to come to an end."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.compiler = GrammarCompiler(lambda: tokenizer, vocab_size=tokenizer.vocab_size + 70)
-
-    def write(self, grammar: Grammar, seed: int, *, most: int = MOST_TOKENS) -> bytes | None:
-        """An answer, or None where it was cut off."""
-        chance, pieces = random.Random(seed), self.tokenizer.pieces(skip_special=False)
-        constraint, answer = self.compiler.build(grammar), b""
-        for _ in range(most):
-            ids = allowed_ids(constraint.allowed())
-            assert ids[-1] < self.tokenizer.vocab_size
-            ends = self.tokenizer.eos_token_ids.intersection(ids)
-            if ends and (len(ids) == len(ends) or chance.random() < 0.3):
-                return answer
-            going_on = [each for each in ids if each not in ends]
-            closing = [each for each in going_on if set(pieces[each]) <= CLOSING]
-            token_id = chance.choice(closing if closing and chance.random() < 0.3 else going_on)
-            constraint.accept(token_id)
-            answer += pieces[token_id]
-        return None
+from tests.text.writer import Writer
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +31,15 @@ def bytewise(byte_tokenizer: Tokenizer) -> Writer:
 
 
 @pytest.fixture(scope="module")
-def demo(demo_model_path: Path) -> Iterator[Writer]:
-    with GGUFFile.open(demo_model_path) as file:
-        yield Writer(Tokenizer.from_gguf(file))
+def demo(demo_tokenizer: Tokenizer) -> Writer:
+    return Writer(demo_tokenizer)
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_style(gemma_model_path: Path) -> Iterator[Writer]:
+def sentencepiece_style(gemma_model_path: Path) -> Writer:
     """Tokens that begin with spaces, and others for single bytes."""
     with GGUFFile.open(gemma_model_path) as file:
-        yield Writer(Tokenizer.from_gguf(file))
+        return Writer(Tokenizer.from_gguf(file))
 
 
 @pytest.fixture(params=["bytewise", "demo"])
@@ -104,6 +68,7 @@ def merged(*parts: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.tuples(*parts).map(lambda each: {k: v for part in each for k, v in part.items()})
 
 
+FORMATS = "date time date-time duration email hostname ipv4 ipv6 uuid uri".split()
 LEAVES = st.one_of(
     merged(st.just({"type": "integer"}), ranges("minimum", "maximum", st.integers(-500, 500))),
     merged(
@@ -116,7 +81,7 @@ LEAVES = st.one_of(
     st.sampled_from(["^[a-f]{2,4}$", "x|yy", r"^\d+-[^q]$", "é+"]).map(
         lambda pattern: {"type": "string", "pattern": pattern}
     ),
-    st.sampled_from(["date", "uuid", "ipv4"]).map(lambda name: {"type": "string", "format": name}),
+    st.sampled_from(FORMATS).map(lambda name: {"type": "string", "format": name}),
     st.lists(SCALARS, min_size=1, max_size=4).map(lambda values: {"enum": values}),
     SCALARS.map(lambda value: {"const": value}),
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["string", "null"]}]),
@@ -192,13 +157,8 @@ COMBINED = {
 OPEN = ({"type": "object"}, {}, {"required": ["a"]}, {"properties": {"a": {"type": "integer"}}})
 
 
-_HUGE = re.compile(rb"\d[eE]\+?\d{3}")
-
-
 def assert_valid(schema: dict[str, Any], answer: bytes) -> None:
     document = json.loads(answer)
-    if _HUGE.search(answer):  # a number, but no float, and so none to the validator
-        return
     validator = jsonschema_rs.Draft202012Validator(schema, validate_formats=True)
     assert validator.is_valid(document), (schema, answer)
 
