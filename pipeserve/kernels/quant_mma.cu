@@ -1,7 +1,8 @@
 // x W^T of planar weights on Hopper's tensor cores: weights unpacked in registers as the first
-// operand, activations from shared memory as the second. The copy engine keeps up to
-// STAGES steps of 256 columns in flight. The blocks of a cluster take parts of the columns of the
-// same outputs and add them over distributed shared memory, in order.
+// operand, interleaved activations from shared memory as the second. The copy engine keeps up to
+// STAGES steps of 256 columns in flight. K_GROUPS groups of warps take the steps in turn, and the
+// blocks of a cluster take parts of the columns of the same outputs; the sums of all of them are
+// added in a fixed order, over distributed shared memory.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -11,6 +12,11 @@ typedef unsigned long long u64;
 DEVICE u32 prmt(u32 a, u32 b, u32 select) {
     u32 d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(select));
+    return d;
+}
+DEVICE u32 and_or(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
 DEVICE u32 add2(u32 a, u32 b) {
@@ -33,18 +39,18 @@ DEVICE u32 float_bits_to_half2(u32 bits) {
     asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(d) : "f"(__uint_as_float(bits)));
     return d;
 }
-DEVICE u32 load_shared_u16(u32 address) {
-    u16 d;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(d) : "r"(address));
+DEVICE u32 load_shared_u32(u32 address) {
+    u32 d;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(d) : "r"(address));
     return d;
 }
-DEVICE uint4 load_shared_u128(u32 address) {
-    uint4 d;
+DEVICE void load_shared_u128(u32 (&to)[4], u32 address) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(address));
-    return d;
 }
+DEVICE void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // UNPACK
 
@@ -53,10 +59,12 @@ struct alignas(64) TensorMap {
 };
 
 constexpr int THREADS = WARPGROUPS * 128;
-constexpr int BLOCK_N = WARPGROUPS * TILES * 64;
+constexpr int ROW_GROUPS = WARPGROUPS / K_GROUPS;
+constexpr int BLOCK_N = ROW_GROUPS * TILES * 64;
 constexpr int LOW_TILES = LOW_BYTES / LOW_ROW;
 constexpr int X_BLOCK_BYTES = BLOCK_T * 128;  // of 64 columns
-constexpr int X_BYTES = X_SLOTS * X_BLOCKS * X_BLOCK_BYTES;
+constexpr int X_SLOT_BYTES = X_BLOCKS * X_BLOCK_BYTES;
+constexpr int X_BYTES = X_SLOTS * X_SLOT_BYTES;
 constexpr int WORD_BYTES = HAS_SHORT_WORDS ? 0 : BLOCK_N * 16;
 constexpr int MIN_BYTES = SCALES == HALF_MIN ? BLOCK_N * 16 : 0;
 constexpr int HIGH_AT = BLOCK_N * LOW_BYTES;
@@ -64,7 +72,7 @@ constexpr int WORDS_AT = HIGH_AT + BLOCK_N * HIGH_BYTES;
 constexpr int MINS_AT = WORDS_AT + WORD_BYTES;
 constexpr int COPIED_BYTES = MINS_AT + MIN_BYTES;
 constexpr int STAGE_BYTES = (COPIED_BYTES + 1023) / 1024 * 1024;
-constexpr int PITCH = BLOCK_N + 4;  // of the sums' rows: no two threads of a warp in one bank
+constexpr int PITCH = K_GROUPS * BLOCK_N + 4;  // of the sums' rows: no two threads in one bank
 
 DEVICE u32 shared_address(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
@@ -73,11 +81,11 @@ DEVICE void barrier_init(u32 barrier, u32 count) {
 }
 // One arrival per warp. Neither branch nor thread index: the compiler would take products that are
 // in flight across it one at a time.
-DEVICE void barrier_arrive_if(bool condition, u32 barrier) {
+DEVICE void barrier_arrive_if(u32 condition, u32 barrier) {
     asm volatile(
         "{ .reg .pred here, elected; setp.ne.u32 here, %0, 0; elect.sync _|elected, -1;\n"
         "and.pred here, here, elected; @here mbarrier.arrive.shared::cta.b64 _, [%1]; }" ::"r"(
-            (u32)condition),
+            condition),
         "r"(barrier)
         : "memory");
 }
@@ -129,20 +137,20 @@ DEVICE u32 cluster_size() {
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
     return size;
 }
-DEVICE float2 load_of_rank(u32 address, u32 rank) {
-    float2 value;
+DEVICE float4 load_of_rank(u32 address, u32 rank) {
+    float4 value;
     asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %2, %3;\n"
-        "ld.shared::cluster.v2.f32 {%0, %1}, [there]; }"
-        : "=f"(value.x), "=f"(value.y)
-        : "r"(address), "r"(rank)
-        : "memory");
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there]; }"
+        : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+        : "r"(address), "r"(rank));
     return value;
 }
 
-// What a block works on.
+// What a block works on. parts: of the columns, one for each block of the cluster, or 1.
 struct Work {
     int first_row, first_token, first_step, num_steps;
+    u32 parts, part;
 };
 
 struct Maps {
@@ -167,8 +175,8 @@ DEVICE Rings rings_at(u32 start) {
 }
 
 // Starts the copies of the i-th step of weights; one thread.
-DEVICE void copy_weights(const Maps &maps, const Work &work, int i, const Rings &rings) {
-    int slot = i % STAGES, step = work.first_step + i;
+DEVICE void copy_weights(const Maps &maps, const Work &work, int i, int slot, const Rings &rings) {
+    int step = work.first_step + i;
     u32 to = rings.weights + slot * STAGE_BYTES, barrier = rings.full + 8 * slot;
     barrier_expect(barrier, COPIED_BYTES);
 #pragma unroll
@@ -184,24 +192,33 @@ DEVICE void copy_weights(const Maps &maps, const Work &work, int i, const Rings 
 }
 
 // Starts the copies of the i-th slot's content of x; one thread.
-DEVICE void copy_x(const Maps &maps, const Work &work, int i, const Rings &rings) {
-    int slot = i % X_SLOTS, column = work.first_step * STEP_COLUMNS + i * X_BLOCKS * 64;
-    u32 to = rings.x + slot * X_BLOCKS * X_BLOCK_BYTES, barrier = rings.x_full + 8 * slot;
-    barrier_expect(barrier, X_BLOCKS * X_BLOCK_BYTES);
+DEVICE void copy_x(const Maps &maps, const Work &work, int i, int slot, const Rings &rings) {
+    int column = work.first_step * STEP_COLUMNS + i * X_BLOCKS * 64;
+    u32 to = rings.x + slot * X_SLOT_BYTES, barrier = rings.x_full + 8 * slot;
+    barrier_expect(barrier, X_SLOT_BYTES);
 #pragma unroll
     for (int block = 0; block < X_BLOCKS; block++)
         copy_tile(to + block * X_BLOCK_BYTES, maps.x, column + block * 64, work.first_token,
                   barrier, EVICT_NORMAL);
 }
 
+// A slot of a ring of COUNT, and whether the ring has been passed an odd number of times.
+template <int COUNT>
+struct Cursor {
+    u32 slot = 0, parity = 0;
+    DEVICE void advance(u32 by = 1) {
+        slot += by;
+        if (slot >= COUNT) slot -= COUNT, parity ^= 1;
+    }
+};
+
 // What a thread loads past shared memory, a step ahead: super scales, and words of 16 bits.
 struct Ahead {
-    u32 super[TILES][2];
-    uint2 words[TILES][2];
+    u32 super[TILES][2], word[TILES][2];
 };
 
 DEVICE void load_ahead(Ahead &ahead, const void *supers, const void *words, int num_all_steps,
-                       const int (&row)[TILES][2], int step) {
+                       const int (&row)[TILES][2], int step, int quad) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -210,24 +227,16 @@ DEVICE void load_ahead(Ahead &ahead, const void *supers, const void *words, int 
             if (HAS_SUPER)
                 ahead.super[tile][i] = HAS_MIN ? __ldg((const u32 *)supers + index)
                                                : (u32)__ldg((const u16 *)supers + index);
-            if (HAS_SHORT_WORDS) ahead.words[tile][i] = __ldg((const uint2 *)words + index);
+            if (HAS_SHORT_WORDS)
+                ahead.word[tile][i] = (u32)__ldg((const u16 *)words + 4 * index + quad);
         }
 }
 
-DEVICE void load_scales(RowScales &row, u32 stage, int local_row, u32 super, uint2 words) {
-    if (HAS_SHORT_WORDS) {
-        row.word[0] = words.x & 0xFFFF, row.word[1] = words.x >> 16;
-        row.word[2] = words.y & 0xFFFF, row.word[3] = words.y >> 16;
-    } else {
-        uint4 four = load_shared_u128(stage + WORDS_AT + local_row * 16);
-        row.word[0] = four.x, row.word[1] = four.y, row.word[2] = four.z, row.word[3] = four.w;
-    }
-    if (SCALES == HALF_MIN) {
-        uint4 four = load_shared_u128(stage + MINS_AT + local_row * 16);
-        row.min_word[0] = four.x, row.min_word[1] = four.y;
-        row.min_word[2] = four.z, row.min_word[3] = four.w;
-    }
-    prepare(row, super);
+DEVICE UnitScales load_scales(u32 stage, int local_row, int quad, u32 super, u32 word) {
+    u32 min_word = 0, at = stage + local_row * 16 + quad * 4;
+    if (!HAS_SHORT_WORDS) word = load_shared_u32(at + WORDS_AT);
+    if (SCALES == HALF_MIN) min_word = load_shared_u32(at + MINS_AT);
+    return unit_scales(word, min_word, super);
 }
 
 // Eight rows of 128 bytes, swizzled, follow each other: the second operand's descriptor.
@@ -235,31 +244,46 @@ DEVICE u64 x_descriptor(u32 address) {
     return (u64)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// Where a thread's first bytes of the planes lie, and the bytes it has loaded ahead.
+// Where a thread's bytes of the planes lie, and those it has loaded ahead.
 struct Operand {
     u32 low, high;
     Bytes bytes[TILES];
 };
 
-template <int BLOCK>
-DEVICE void load_block(Operand &from) {
+template <int HALF_UNIT>
+DEVICE void load_half_unit(Operand &from) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
-        load_bytes<BLOCK>(from.bytes[tile], from.low + tile * 64 * LOW_ROW,
-                          from.high + tile * 64 * HIGH_BYTES, BLOCK_N * LOW_ROW);
+        load_bytes<HALF_UNIT>(from.bytes[tile], from.low + tile * 64 * LOW_ROW,
+                              from.high + tile * 64 * HIGH_BYTES);
+}
+
+constexpr int X_PER_STEP = 4 / X_BLOCKS;
+
+// Where a K group is in the rings; the slots that it fills again next, and the barriers of those
+// that it has almost done with.
+struct Place {
+    Cursor<STAGES> weights, refilled;
+    Cursor<X_SLOTS> x, x_refilled;
+    u32 done, x_done;
+};
+
+// From the last slot of x of one step of a K group to the first of its next one.
+DEVICE void skip_others(Cursor<X_SLOTS> &x) {
+    if (K_GROUPS > 1) x.advance((K_GROUPS - 1) * X_PER_STEP);
 }
 
 template <int BLOCK>
 DEVICE void multiply_block(float (&sums)[TILES][BLOCK_T / 2], u32 (&a)[TILES][4][4],
-                           Operand &from, const RowScales (&rows)[TILES][2], int i,
-                           const Rings &rings) {
+                           Operand &from, const UnitScales (&units)[TILES][2], int quad,
+                           bool is_later, Place &place, const Rings &rings) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
-        unpack<BLOCK>(a[tile], from.bytes[tile], rows[tile]);
-    int group = (4 * i + BLOCK) / X_BLOCKS, slot = group % X_SLOTS;
-    if (BLOCK % X_BLOCKS == 0) barrier_wait(rings.x_full + 8 * slot, group / X_SLOTS & 1);
-    u64 descriptor =
-        x_descriptor(rings.x + (slot * X_BLOCKS + BLOCK % X_BLOCKS) * X_BLOCK_BYTES);
+        unpack<BLOCK>(a[tile], from.bytes[tile], units[tile], quad);
+    u32 x_full = rings.x_full + 8 * place.x.slot;
+    if (BLOCK % X_BLOCKS == 0) barrier_wait(x_full, place.x.parity);
+    u64 descriptor = x_descriptor(rings.x + place.x.slot * X_SLOT_BYTES +
+                                  BLOCK % X_BLOCKS * X_BLOCK_BYTES);
     products_begin();
 #pragma unroll
     for (int step = 0; step < 4; step++)
@@ -267,73 +291,107 @@ DEVICE void multiply_block(float (&sums)[TILES][BLOCK_T / 2], u32 (&a)[TILES][4]
         for (int tile = 0; tile < TILES; tile++)
             multiply_add(sums[tile], a[tile][step], descriptor + 2 * step);
     products_commit();
-    if (BLOCK < 3) load_block<(BLOCK + 1) % 4>(from);
+    if (BLOCK == 1) load_half_unit<1>(from);
     products_wait<1>();
     // All products but this block's are done.
-    if (BLOCK % X_BLOCKS == 0)
-        barrier_arrive_if(group > 0, rings.x_empty + 8 * ((group - 1) % X_SLOTS));
-    if (BLOCK == 0) barrier_arrive_if(i > 0, rings.empty + 8 * ((i - 1) % STAGES));
+    if (BLOCK % X_BLOCKS == 0) {
+        barrier_arrive_if(BLOCK > 0 || is_later, place.x_done);
+        place.x_done = x_full + 8 * X_SLOTS;
+    }
+    if (BLOCK == 0) barrier_arrive_if(is_later, place.done);
+    if ((BLOCK + 1) % X_BLOCKS == 0) place.x.advance();
 }
 
-// The first warp fills again what was freed a block before BLOCK, when others are likely past it.
+// Fills again what was freed a block before BLOCK, when others are likely past it; a warp of its
+// own for each BLOCK. step: of the K group, after another one if is_later.
 template <int BLOCK>
-DEVICE void refill(const Maps &maps, const Work &work, int i, const Rings &rings) {
-    if (__shfl_sync(-1u, threadIdx.x / 32, 0) != 0) return;  // known to be one for the warp
-    int freed = (4 * i + BLOCK - 1) / X_BLOCKS - 1;
-    if ((BLOCK + 3) % X_BLOCKS == 0 && freed >= 0 &&
-        freed + X_SLOTS < work.num_steps * (4 / X_BLOCKS)) {
-        barrier_wait(rings.x_empty + 8 * (freed % X_SLOTS), freed / X_SLOTS & 1);
-        if (threadIdx.x == 0) copy_x(maps, work, freed + X_SLOTS, rings);
+DEVICE void refill(const Maps &maps, const Work &work, int step, bool is_later, int warp,
+                   Place &place, const Rings &rings) {
+    constexpr bool FREES_X = (BLOCK + 3) % X_BLOCKS == 0;
+    constexpr int FREED = (BLOCK - 1 + X_BLOCKS) / X_BLOCKS - 2;  // from the step's first slot of x
+    bool is_mine = warp == BLOCK;
+    int before = step - K_GROUPS;
+    if (FREES_X && (FREED >= 0 || is_later)) {
+        int first = FREED >= 0 ? step * X_PER_STEP : (before + 1) * X_PER_STEP;
+        int next = first + FREED + X_SLOTS;
+        if (is_mine && next < work.num_steps * X_PER_STEP) {
+            barrier_wait(rings.x_empty + 8 * place.x_refilled.slot, place.x_refilled.parity);
+            if (threadIdx.x % 32 == 0) copy_x(maps, work, next, place.x_refilled.slot, rings);
+        }
+        place.x_refilled.advance();
+        if (FREED == -1) skip_others(place.x_refilled);
     }
-    if (BLOCK == 1 && i > 0 && i - 1 + STAGES < work.num_steps) {
-        barrier_wait(rings.empty + 8 * ((i - 1) % STAGES), (i - 1) / STAGES & 1);
-        if (threadIdx.x == 0) copy_weights(maps, work, i - 1 + STAGES, rings);
+    if (BLOCK == 2 && is_later) {
+        if (is_mine && before + STAGES < work.num_steps) {
+            barrier_wait(rings.empty + 8 * place.refilled.slot, place.refilled.parity);
+            if (threadIdx.x % 32 == 0)
+                copy_weights(maps, work, before + STAGES, place.refilled.slot, rings);
+        }
+        place.refilled.advance(K_GROUPS);
     }
     __syncwarp();
+}
+
+// Of the two outputs 8 apart that a thread has of each tile.
+DEVICE int first_local_row() {
+    int group = threadIdx.x / 128 % ROW_GROUPS;
+    return group * TILES * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
 }
 
 DEVICE void consume(float (&sums)[TILES][BLOCK_T / 2], const Maps &maps, const Work &work,
                     const Rings &rings, const void *supers, const void *words, int num_rows,
                     int num_all_steps) {
-    int lane = threadIdx.x % 32, quad = lane % 4;
-    int local_row = threadIdx.x / 128 * TILES * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+    int lane = threadIdx.x % 32, quad = lane % 4, local_row = first_local_row();
+    int warp = __shfl_sync(-1u, threadIdx.x / 32, 0);  // known to be one for the warp
+    int k_group = K_GROUPS == 1 ? 0 : warp / (ROW_GROUPS * 4);
+    warp %= ROW_GROUPS * 4;
     int row[TILES][2];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
             row[tile][i] = min(work.first_row + local_row + 64 * tile + 8 * i, num_rows - 1);
-    u32 low_at = first_byte(local_row, LOW_ROW, quad);
-    u32 high_at = HIGH_AT + (HIGH_BITS ? first_byte(local_row, HIGH_BYTES, quad) : 0);
+    u32 low_at = low_place(local_row, quad, BLOCK_N * LOW_ROW);
+    u32 high_at = HIGH_AT + high_place(local_row, quad);
     Ahead ahead;
-    load_ahead(ahead, supers, words, num_all_steps, row, work.first_step);
-    for (int i = 0; i < work.num_steps; i++) {
-        int slot = i % STAGES;
-        u32 stage = rings.weights + slot * STAGE_BYTES;
+    load_ahead(ahead, supers, words, num_all_steps, row, work.first_step + k_group, quad);
+    Place place;
+    place.done = place.x_done = 0;
+    place.weights.slot = place.refilled.slot = k_group;
+    place.x.slot = place.x_refilled.slot = k_group * X_PER_STEP;
+    int i = k_group;
+    do {  // there is a step: a way past them would set sums while products may be in flight
+        bool is_later = i >= K_GROUPS;
+        u32 stage = rings.weights + place.weights.slot * STAGE_BYTES;
+        u32 full = rings.full + 8 * place.weights.slot;
         Ahead here = ahead;
-        if (i + 1 < work.num_steps)
-            load_ahead(ahead, supers, words, num_all_steps, row, work.first_step + i + 1);
-        barrier_wait(rings.full + 8 * slot, i / STAGES & 1);
+        if (i + K_GROUPS < work.num_steps)
+            load_ahead(ahead, supers, words, num_all_steps, row, work.first_step + i + K_GROUPS,
+                       quad);
+        barrier_wait(full, place.weights.parity);
         Operand from;
         from.low = stage + low_at, from.high = stage + high_at;
-        load_block<0>(from);
-        RowScales rows[TILES][2];
+        load_half_unit<0>(from);
+        UnitScales units[TILES][2];
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
             for (int j = 0; j < 2; j++)
-                load_scales(rows[tile][j], stage, local_row + 64 * tile + 8 * j,
-                            here.super[tile][j], here.words[tile][j]);
+                units[tile][j] = load_scales(stage, local_row + 64 * tile + 8 * j, quad,
+                                             here.super[tile][j], here.word[tile][j]);
         u32 a[2][TILES][4][4];
-        multiply_block<0>(sums, a[0], from, rows, i, rings);
-        refill<0>(maps, work, i, rings);
-        multiply_block<1>(sums, a[1], from, rows, i, rings);
-        refill<1>(maps, work, i, rings);
-        multiply_block<2>(sums, a[0], from, rows, i, rings);
-        refill<2>(maps, work, i, rings);
-        multiply_block<3>(sums, a[1], from, rows, i, rings);
-        refill<3>(maps, work, i, rings);
-    }
+        multiply_block<0>(sums, a[0], from, units, quad, is_later, place, rings);
+        refill<0>(maps, work, i, is_later, warp, place, rings);
+        multiply_block<1>(sums, a[1], from, units, quad, is_later, place, rings);
+        refill<1>(maps, work, i, is_later, warp, place, rings);
+        multiply_block<2>(sums, a[0], from, units, quad, is_later, place, rings);
+        refill<2>(maps, work, i, is_later, warp, place, rings);
+        multiply_block<3>(sums, a[1], from, units, quad, is_later, place, rings);
+        refill<3>(maps, work, i, is_later, warp, place, rings);
+        place.done = full + 8 * STAGES;
+        place.weights.advance(K_GROUPS);
+        skip_others(place.x);
+    } while ((i += K_GROUPS) < work.num_steps);
     products_wait<0>();
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
@@ -342,79 +400,118 @@ DEVICE void consume(float (&sums)[TILES][BLOCK_T / 2], const Maps &maps, const W
 }
 
 DEVICE void keep_sums(const float (&sums)[TILES][BLOCK_T / 2], float *kept) {
-    int lane = threadIdx.x % 32;
-    int row = threadIdx.x / 128 * TILES * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+    int row = threadIdx.x / (ROW_GROUPS * 128) * BLOCK_N + first_local_row();
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int i = 0; i < BLOCK_T / 2; i++) {
-            int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            int token = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
             kept[token * PITCH + row + 64 * tile + (i & 2) * 4] = sums[tile][i];
         }
 }
 
-// Adds the blocks' sums in the order of their ranks; each block of the cluster takes some tokens.
-DEVICE void store_sums(const Work &work, u32 kept, const u16 *bias, void *out, int num_rows,
-                       int num_tokens, int out_stride) {
-    u32 rank = cluster_rank(), size = cluster_size();
-    int tokens = min(BLOCK_T, num_tokens - work.first_token);
-    constexpr int PAIRS = BLOCK_N / 2;
-    for (int i = threadIdx.x; i < tokens * PAIRS; i += THREADS) {
-        int token = i / PAIRS, pair = i % PAIRS * 2;
-        if (token % size != rank || work.first_row + pair >= num_rows) continue;
-        float2 total = {0.0f, 0.0f};
-        for (u32 part = 0; part < size; part++) {
-            float2 value = load_of_rank(kept + (token * PITCH + pair) * 4, part);
-            total.x += value.x, total.y += value.y;
-        }
-        if (bias) {
-            u32 two = *(const u32 *)(bias + work.first_row + pair);
-            float x, y;
-            asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
-                : "=f"(x), "=f"(y)
-                : "r"(two));
-            total.x += x, total.y += y;
-        }
-        size_t index = (size_t)(work.first_token + token) * out_stride + work.first_row + pair;
-        if (OUT_F32) {
-            *(float2 *)((float *)out + index) = total;
-        } else {
-            u32 two;
-            asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(total.y), "f"(total.x));
-            *(u32 *)((u16 *)out + index) = two;
-        }
+DEVICE float2 of_halves(u32 two) {
+    float2 value;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(value.x), "=f"(value.y)
+        : "r"(two));
+    return value;
+}
+
+DEVICE void store_pair(float x, float y, const u16 *bias, void *out, size_t index, int row) {
+    if (bias) {
+        float2 more = of_halves(*(const u32 *)(bias + row));
+        x += more.x, y += more.y;
     }
+    if (OUT_F32) {
+        *(float2 *)((float *)out + index) = {x, y};
+    } else {
+        u32 two;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(y), "f"(x));
+        *(u32 *)((u16 *)out + index) = two;
+    }
+}
+
+// Adds the sums of PARTS blocks, whose first has this rank, in the order of parts and K groups;
+// each block takes some tokens.
+template <int PARTS>
+DEVICE void store_sums(const Work &work, u32 kept, u32 first_rank, const u16 *bias, void *out,
+                       int num_rows, int num_tokens, int out_stride) {
+    constexpr int FOURS = BLOCK_N / 4;
+    int part = work.part, tokens = min(BLOCK_T, num_tokens - work.first_token);
+    for (int i = threadIdx.x; i < (tokens + PARTS - 1 - part) / PARTS * FOURS; i += THREADS) {
+        int token = i / FOURS * PARTS + part, local_row = i % FOURS * 4;
+        int row = work.first_row + local_row;
+        if (row >= num_rows) continue;
+        float4 value[PARTS * K_GROUPS];
+#pragma unroll
+        for (int j = 0; j < PARTS * K_GROUPS; j++)
+            value[j] = load_of_rank(
+                kept + (token * PITCH + j % K_GROUPS * BLOCK_N + local_row) * 4,
+                first_rank + j / K_GROUPS);
+        float4 total = value[0];
+#pragma unroll
+        for (int j = 1; j < PARTS * K_GROUPS; j++) {
+            total.x += value[j].x, total.y += value[j].y;
+            total.z += value[j].z, total.w += value[j].w;
+        }
+        size_t index = (size_t)(work.first_token + token) * out_stride + row;
+        store_pair(total.x, total.y, bias, out, index, row);
+        if (row + 2 < num_rows) store_pair(total.z, total.w, bias, out, index + 2, row + 2);
+    }
+}
+
+// The first num_whole tiles have a block each, the others a cluster.
+DEVICE Work work_of(int num_whole, int num_token_tiles, int num_all_steps) {
+    Work work;
+    int block = blockIdx.x, tile = block, size = cluster_size();
+    work.parts = 1, work.part = 0;
+    if (block >= num_whole) {
+        tile = num_whole + (block - num_whole) / size;
+        work.parts = size, work.part = cluster_rank();
+    }
+    work.first_row = tile / num_token_tiles * BLOCK_N;
+    work.first_token = tile % num_token_tiles * BLOCK_T;
+    work.first_step = num_all_steps * work.part / work.parts;
+    work.num_steps = num_all_steps * (work.part + 1) / work.parts - work.first_step;
+    return work;
+}
+
+DEVICE void prefetch_map(const TensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     quant_mma(const __grid_constant__ Maps maps, const void *supers, const void *words,
               const u16 *bias, void *out, int num_rows, int num_tokens, int num_all_steps,
-              int num_token_tiles, int out_stride) {
+              int num_token_tiles, int num_whole, int out_stride) {
+    start_next_kernel();
     extern __shared__ char shared[];
     char *stages = shared + (1024 - (shared_address(shared) & 1023)) % 1024;
     Rings rings = rings_at(shared_address(stages));
-    u32 rank = cluster_rank(), size = cluster_size();
-    int tile = blockIdx.x / size;
-    Work work;
-    work.first_row = tile / num_token_tiles * BLOCK_N;
-    work.first_token = tile % num_token_tiles * BLOCK_T;
-    work.first_step = num_all_steps * rank / size;
-    work.num_steps = num_all_steps * (rank + 1) / size - work.first_step;
+    Work work = work_of(num_whole, num_token_tiles, num_all_steps);
     if (threadIdx.x == 0) {
+        prefetch_map(maps.low);
+        if (WORD_BYTES) prefetch_map(maps.words);
+        prefetch_map(maps.x);
         for (int i = 0; i < X_SLOTS; i++) {
             barrier_init(rings.x_full + 8 * i, 1);
-            barrier_init(rings.x_empty + 8 * i, THREADS / 32);
+            barrier_init(rings.x_empty + 8 * i, ROW_GROUPS * 4);
         }
         for (int i = 0; i < STAGES; i++) {
             barrier_init(rings.full + 8 * i, 1);
-            barrier_init(rings.empty + 8 * i, THREADS / 32);
+            barrier_init(rings.empty + 8 * i, ROW_GROUPS * 4);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        for (int i = 0; i < min(STAGES, work.num_steps); i++) copy_weights(maps, work, i, rings);
-        for (int i = 0; i < min(X_SLOTS, work.num_steps * (4 / X_BLOCKS)); i++)
-            copy_x(maps, work, i, rings);
+        // No kernel before this one has written the weights.
+        for (int i = 0; i < min(STAGES, work.num_steps); i++)
+            copy_weights(maps, work, i, i, rings);
     }
+    wait_for_inputs();
+    if (threadIdx.x == 0)
+        for (int i = 0; i < min(X_SLOTS, work.num_steps * X_PER_STEP); i++)
+            copy_x(maps, work, i, i, rings);
     __syncthreads();
     float sums[TILES][BLOCK_T / 2];
 #pragma unroll
@@ -425,7 +522,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     __syncthreads();  // the sums take the place of the rings
     keep_sums(sums, (float *)stages);
     cluster_sync();
-    store_sums(work, shared_address(stages), bias, out, num_rows, num_tokens, out_stride);
+    u32 kept = shared_address(stages), first_rank = work.parts == 1 ? cluster_rank() : 0;
+    switch (work.parts) {
+        case 1: store_sums<1>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride); break;
+        case 2: store_sums<2>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride); break;
+        case 4: store_sums<4>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride); break;
+        default: store_sums<8>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+    }
     __syncwarp();
     cluster_sync();  // no block ends while others read its sums
 }

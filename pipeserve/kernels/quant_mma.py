@@ -23,6 +23,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from pipeserve.kernels import dependent_launch
+from pipeserve.kernels.interleaved_rows import INTERLEAVED_COLUMNS, interleave_rows
 from pipeserve.kernels.nvrtc import (
     CudaDriverError,
     CudaKernel,
@@ -35,10 +37,9 @@ from pipeserve.kernels.quant_layout import LAYOUTS, PlanarWeight, QuantLayout, S
 from pipeserve.kernels.quant_split import card_limits
 
 ARCH = "sm_90a"
-STEP_COLUMNS = 256
+STEP_COLUMNS = INTERLEAVED_COLUMNS
 MAX_PARTS = 8
 """Blocks of a cluster: what every card allows."""
-_ROW_ALIGNMENT = 16
 _SHARED_BYTES, _BLOCK_SHARED_BYTES, _RESERVED_BYTES = 228 * 1024, 227 * 1024, 1024
 """Of a Hopper multiprocessor, of them for one block at most, and what each block takes besides."""
 
@@ -50,8 +51,11 @@ class MmaVariant:
     block_t: int
     """Tokens of a block: a multiple of 8 up to 256."""
     warpgroups: int
+    """Of 128 threads, for outputs; k_groups times as many in all."""
     tiles: int
     """Of 64 outputs, per warpgroup."""
+    k_groups: int = 1
+    """That take the steps of columns in turn."""
     num_stages: int
     """Steps of weights in flight or in use."""
     x_blocks: int = 4
@@ -66,12 +70,18 @@ class MmaVariant:
         return self.warpgroups * self.tiles * 64
 
     @property
+    def least_stages(self) -> int:
+        """A step in use and the next one of every K group: a group refills what it has used while
+        it is at its next step."""
+        return 2 * self.k_groups
+
+    @property
     def num_x_slots(self) -> int:
         return self.x_slots or self.num_stages * 4 // self.x_blocks
 
     @property
     def num_threads(self) -> int:
-        return self.warpgroups * 128
+        return self.warpgroups * self.k_groups * 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +91,9 @@ class MmaTiling:
     variant: MmaVariant
     num_parts: int
     """Of the columns: blocks of a cluster."""
+    num_whole: int = 0
+    """So many tiles, a multiple of num_parts, are not cut into parts: where all would leave the
+    last round of blocks half empty."""
 
 
 def shared_bytes(layout: QuantLayout, variant: MmaVariant) -> int:
@@ -90,12 +103,13 @@ def shared_bytes(layout: QuantLayout, variant: MmaVariant) -> int:
     stage = -(-variant.block_n * row_bytes // 1024) * 1024
     x_slot = variant.x_blocks * 128 * variant.block_t
     rings = variant.num_stages * (stage + 16) + variant.num_x_slots * (x_slot + 16)
-    return 1024 + max(rings, (variant.block_n + 4) * variant.block_t * 4)
+    sums = (variant.k_groups * variant.block_n + 4) * variant.block_t * 4
+    return 1024 + max(rings, sums)
 
 
 def fitted(layout: QuantLayout, variant: MmaVariant) -> MmaVariant | None:
     """With as many stages, up to its own, as let blocks_at_once fit a multiprocessor, or None."""
-    for num_stages in range(variant.num_stages, 1, -1):
+    for num_stages in range(variant.num_stages, variant.least_stages - 1, -1):
         fewer = replace(variant, num_stages=num_stages)
         block_bytes = shared_bytes(layout, fewer)
         held_bytes = (block_bytes + _RESERVED_BYTES) * fewer.blocks_at_once
@@ -105,14 +119,12 @@ def fitted(layout: QuantLayout, variant: MmaVariant) -> MmaVariant | None:
 
 
 def takes_mma(x_TK: Tensor, weight: PlanarWeight, out_TN: Tensor | None = None) -> bool:
-    """Whether mma can multiply these: f16 on Hopper, whole steps of columns, rows of x aligned for
-    the copy engine and those of the output for pairs."""
+    """Whether mma can multiply these: f16 on Hopper, whole steps of columns, rows of the output
+    aligned for pairs."""
     return (
         x_TK.dtype == torch.float16
         and is_made_for(weight)
         and x_TK.stride(1) == 1
-        and x_TK.stride(0) * 2 % _ROW_ALIGNMENT == 0
-        and x_TK.data_ptr() % _ROW_ALIGNMENT == 0
         and (out_TN is None or _holds_pairs(out_TN))
         and is_hopper(x_TK.device)
     )
@@ -143,12 +155,13 @@ def has_mma(device: torch.device) -> bool:
 
 def mma(
     x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None = None,
-    *, out_dtype: torch.dtype | None = None, out_TN: Tensor | None = None,
-    tiling: MmaTiling | None = None,
+    *, interleaved_TK: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    out_TN: Tensor | None = None, tiling: MmaTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x W^T + b [T, N] in f16 or, as out_dtype, float32, for any number of tokens.
 
-    Weights are rounded to f16. out_TN: written to instead; its rows may lie anywhere that
+    Weights are rounded to f16. interleaved_TK: x as interleave_rows has it, where it is known;
+    made of x otherwise. out_TN: written to instead; its rows may lie anywhere that
     takes_mma allows. tiling overrides choose_mma_tiling.
     """
     num_tokens, num_rows = x_TK.shape[0], weight.num_rows
@@ -163,18 +176,24 @@ def mma(
         tiling = choose_mma_tiling(
             weight.layout, num_rows, weight.num_columns, num_tokens, multiprocessors
         )
+    if interleaved_TK is None:
+        interleaved_TK = interleave_rows(x_TK)
     variant = tiling.variant
+    assert num_steps // tiling.num_parts >= variant.k_groups, f"{num_steps} steps for {tiling}"
     token_tiles = -(-num_tokens // variant.block_t)
     row_tiles = -(-num_rows // variant.block_n)
-    x_map = tensor_map(x_TK, box_rows=variant.block_t, box_columns=64, swizzle=128)
+    num_tiles = row_tiles * token_tiles
+    num_whole = min(tiling.num_whole, num_tiles // tiling.num_parts * tiling.num_parts)
+    x_map = tensor_map(interleaved_TK, box_rows=variant.block_t, box_columns=64, swizzle=128)
     maps = _weight_maps(weight, variant.block_n) + x_map
     pointers = (weight.supers, weight.scales, bias_N, out_TN)
-    integers = (num_rows, num_tokens, num_steps, token_tiles, out_TN.stride(0))
+    integers = (num_rows, num_tokens, num_steps, token_tiles, num_whole, out_TN.stride(0))
     _kernel(weight.type_name, variant, out_TN.dtype, x_TK.device).launch(
-        num_blocks=row_tiles * token_tiles * tiling.num_parts,
+        num_blocks=num_whole + (num_tiles - num_whole) * tiling.num_parts,
         num_threads=variant.num_threads,
         cluster_size=tiling.num_parts,
         stream=torch.cuda.current_stream(x_TK.device).cuda_stream,
+        starts_early=dependent_launch.is_supported(x_TK.device),
         arguments=(
             ctypes.create_string_buffer(maps, len(maps)),
             *(ctypes.c_void_p(0 if p is None else p.data_ptr()) for p in pointers),
@@ -207,7 +226,8 @@ def mma_source(type_name: str, variant: MmaVariant, out_dtype: torch.dtype) -> s
     text = text.replace("// WGMMA", _multiply_add(variant.block_t))
     constants = layout_constants(LAYOUTS[type_name]) | {
         "BLOCK_T": variant.block_t,
-        "WARPGROUPS": variant.warpgroups,
+        "WARPGROUPS": variant.warpgroups * variant.k_groups,
+        "K_GROUPS": variant.k_groups,
         "TILES": variant.tiles,
         "STAGES": variant.num_stages,
         "X_BLOCKS": variant.x_blocks,
@@ -288,11 +308,17 @@ _VARIANTS: Mapping[int, tuple[MmaVariant, ...]] = MappingProxyType(
         **{
             block_t: (
                 MmaVariant(
-                    block_t=block_t, warpgroups=1, tiles=1, num_stages=4, blocks_at_once=4
+                    block_t=block_t, warpgroups=2, tiles=1, num_stages=4, blocks_at_once=2
+                ),
+                MmaVariant(
+                    block_t=block_t, warpgroups=1, tiles=2, num_stages=4, blocks_at_once=3
                 ),
             )
-            for block_t in (8, 16, 32)
+            for block_t in (8, 16)
         },
+        32: (
+            MmaVariant(block_t=32, warpgroups=2, tiles=1, num_stages=4, blocks_at_once=2),
+        ),
         64: (
             MmaVariant(
                 block_t=64, warpgroups=2, tiles=1, num_stages=3, x_blocks=2, x_slots=3,
@@ -310,12 +336,14 @@ _VARIANTS: Mapping[int, tuple[MmaVariant, ...]] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-"""By the tokens of a block, best first: the second where the first one's outputs do not fit."""
+"""By the tokens of a block; the second where there are few tiles of outputs."""
 _HALVED = 128
 """More tokens than this go in tiles of so many where all blocks then run at once: two such blocks
 of 128 outputs are faster than one of 256 tokens."""
-_MIN_STEPS = 4
-"""Of a part: parts cost their start, and that their sums meet."""
+_MIN_STEPS, _FEWEST_STEPS = 4, 2
+"""Of a part: parts cost their start, and that their sums meet. The second for few tokens or
+tiles."""
+_FEW_TOKENS = 16
 
 
 def choose_mma_tiling(
@@ -332,10 +360,13 @@ def choose_mma_tiling(
     """
     variant = _choose_variant(layout, num_rows, num_tokens, num_multiprocessors)
     num_tiles = _num_tiles(variant, num_rows, num_tokens)
+    has_few_tiles = 12 * num_tiles < num_multiprocessors
     num_places = num_multiprocessors * variant.blocks_at_once
     # Large sums are slow to meet.
-    most_parts = MAX_PARTS if variant.block_t < _HALVED else MAX_PARTS // 2
-    most_parts = min(most_parts, num_columns // STEP_COLUMNS // _MIN_STEPS)
+    most_parts = MAX_PARTS if variant.block_t < _HALVED or has_few_tiles else MAX_PARTS // 2
+    is_small = has_few_tiles or variant.block_t <= _FEW_TOKENS
+    min_steps = _FEWEST_STEPS if is_small else _MIN_STEPS
+    most_parts = min(most_parts, num_columns // STEP_COLUMNS // min_steps)
     num_parts = 1
     while num_parts * 2 <= most_parts and num_tiles * num_parts * 2 <= num_places:
         num_parts *= 2
@@ -350,7 +381,11 @@ def _choose_variant(
         halved = _fitting(layout, _VARIANTS[_HALVED][-1:])
         if _num_tiles(halved, num_rows, num_tokens) <= num_multiprocessors:
             return halved
-    return _fitting(layout, _VARIANTS[block_t])
+    first = _fitting(layout, _VARIANTS[block_t])
+    few = num_multiprocessors // (3 if block_t <= _FEW_TOKENS else 12)
+    if _num_tiles(first, num_rows, num_tokens) <= few:
+        return _fitting(layout, _VARIANTS[block_t][-1:])
+    return first
 
 
 def _num_tiles(variant: MmaVariant, num_rows: int, num_tokens: int) -> int:

@@ -72,6 +72,12 @@ def round_rows(x_TK: Tensor) -> Tensor:
     return values.flatten(1)[:, : x_TK.shape[1]].to(x_TK.dtype)
 
 
+def interleave_rows(x_TK: Tensor) -> Tensor:
+    """Columns in the order that interleaved_rows.py describes."""
+    parts = x_TK.reshape(x_TK.shape[0], -1, 4, 2, 8, 2, 2)
+    return parts.permute(0, 1, 4, 3, 6, 2, 5).reshape(x_TK.shape)
+
+
 def codes(weight: PlanarWeight) -> Tensor:
     """int32 [N, columns padded to units]: code - offset, or the table's value."""
     layout, num_columns = weight.layout, weight.scales.shape[1] * UNIT

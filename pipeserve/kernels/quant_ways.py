@@ -17,10 +17,6 @@ from pipeserve.kernels.quant_mma import MmaTiling, MmaVariant, choose_mma_tiling
 GEMM_ROWS = 256
 """From more rows on, writing the matrix out once and the vendor's library are faster, as far as no
 table says otherwise."""
-_GEMM_WINS_TOKENS = 8
-"""Up to so many Triton's kernel beats the one for Hopper where unpacking is cheap."""
-_FEW_OUTPUTS_TOKENS = 128
-"""The same for matrices of few outputs: half a tile of 64 for each multiprocessor."""
 _HOPPER_SHARED_BYTES = 227 * 1024
 
 
@@ -76,9 +72,11 @@ class Mma:
 
     def __str__(self) -> str:
         v = self.tiling.variant
+        k_groups = f"x{v.k_groups}" if v.k_groups > 1 else ""
+        whole = f" w{self.tiling.num_whole}" if self.tiling.num_whole else ""
         return (
-            f"mma t{v.block_t} {v.warpgroups}x{v.tiles} s{v.num_stages} x{v.x_blocks}/"
-            f"{v.num_x_slots} b{v.blocks_at_once} p{self.tiling.num_parts}"
+            f"mma t{v.block_t} {v.warpgroups}x{v.tiles}{k_groups} s{v.num_stages} x{v.x_blocks}/"
+            f"{v.num_x_slots} b{v.blocks_at_once} p{self.tiling.num_parts}{whole}"
         )
 
 
@@ -97,7 +95,9 @@ BatchWay = Gemm | Mma | Dequantise
 _GEMV = re.compile(r"gemv n(\d+) x(\d+) p(\d+)")
 _IMMA = re.compile(r"imma t(\d+) (\d+)x(\d+) s(\d+) b(\d+) p(\d+)")
 _GEMM = re.compile(r"gemm n(\d+) t(\d+) w(\d+) warps(\d+) s(\d+) p(\d+)")
-_MMA = re.compile(r"mma t(\d+) (\d+)x(\d+) s(\d+) x(\d+)/(\d+) b(\d+) p(\d+)")
+_MMA = re.compile(
+    r"mma t(\d+) (\d+)x(\d+)(?:x(\d+))? s(\d+) x(\d+)/(\d+) b(\d+) p(\d+)(?: w(\d+))?"
+)
 
 
 def parse_few_rows_way(text: str) -> FewRowsWay:
@@ -127,7 +127,10 @@ def parse_batch_way(text: str, type_name: str) -> BatchWay:
     if (found := _GEMM.fullmatch(text)) is not None:
         return _parse_gemm(text, *map(int, found.groups()))
     if (found := _MMA.fullmatch(text)) is not None:
-        return _parse_mma(text, type_name, *map(int, found.groups()))
+        variant, k_groups, rest = found.groups()[:3], found[4] or "1", found.groups()[4:9]
+        return _parse_mma(
+            text, type_name, *map(int, (*variant, k_groups, *rest, found[10] or "0"))
+        )  # fmt: skip
     raise ValueError(
         f"{text!r} is no way to multiply a batch; those are gemm, dequantise, "
         "'gemm n64 t32 w2 warps2 s3 p1' and 'mma t32 1x1 s3 x4/3 b4 p2'"
@@ -162,21 +165,27 @@ def _parse_gemm(text: str, *numbers: int) -> Gemm:
 
 
 def _parse_mma(text: str, type_name: str, *numbers: int) -> Mma:
-    block_t, warpgroups, tiles, num_stages, x_blocks, x_slots, blocks_at_once, num_parts = numbers
+    block_t, warpgroups, tiles, k_groups, num_stages, x_blocks, x_slots, *rest = numbers
+    blocks_at_once, num_parts, num_whole = rest
     variant = MmaVariant(
-        block_t=block_t, warpgroups=warpgroups, tiles=tiles, num_stages=num_stages,
-        x_blocks=x_blocks, x_slots=x_slots, blocks_at_once=blocks_at_once,
+        block_t=block_t, warpgroups=warpgroups, tiles=tiles, k_groups=k_groups,
+        num_stages=num_stages, x_blocks=x_blocks, x_slots=x_slots, blocks_at_once=blocks_at_once,
     )  # fmt: skip
     if block_t % 8 or not 8 <= block_t <= 256:
         raise ValueError(f"{text!r} has {block_t} tokens; they are a multiple of 8 up to 256")
     if x_blocks not in (1, 2, 4) or num_parts not in (1, 2, 4, 8):
         raise ValueError(f"{text!r}: x is 1, 2 or 4, and p is 1, 2, 4 or 8")
-    if min(warpgroups, tiles, x_slots, blocks_at_once) < 1 or num_stages < 2:
+    if min(warpgroups, tiles, k_groups, x_slots, blocks_at_once) < 1 or num_stages < 2:
         raise ValueError(f"{text!r} has a number that is too small")
+    is_short = k_groups > 1 and x_slots * x_blocks < 8 * k_groups
+    if num_stages < variant.least_stages or is_short or num_whole % num_parts:
+        raise ValueError(
+            f"{text!r}: two steps of each group of columns must fit, and whole tiles fill clusters"
+        )
     num_bytes = shared_bytes(LAYOUTS[type_name], variant) * blocks_at_once
     if num_bytes > _HOPPER_SHARED_BYTES:
         raise ValueError(f"{text!r} takes {num_bytes} bytes of shared memory for {type_name}")
-    return Mma(tiling=MmaTiling(variant=variant, num_parts=num_parts))
+    return Mma(tiling=MmaTiling(variant=variant, num_parts=num_parts, num_whole=num_whole))
 
 
 def _is_power_of_2(number: int) -> bool:
@@ -193,19 +202,9 @@ def rule_way(
     """
     if num_tokens > GEMM_ROWS or num_columns % UNIT:
         return Dequantise()
-    if not has_mma or _gemm_wins(type_name, num_rows, num_tokens, num_multiprocessors):
+    if not has_mma:
         return Gemm()
     layout = LAYOUTS[type_name]
     return Mma(
         tiling=choose_mma_tiling(layout, num_rows, num_columns, num_tokens, num_multiprocessors)
     )
-
-
-def _gemm_wins(type_name: str, num_rows: int, num_tokens: int, num_multiprocessors: int) -> bool:
-    """Triton's kernel unpacks one plane under scales of 32 columns well enough for few tokens, and
-    cuts few outputs finer."""
-    layout = LAYOUTS[type_name]
-    if layout.high_bits or layout.group_size < 32:
-        return False
-    has_few_outputs = num_rows <= 32 * num_multiprocessors
-    return num_tokens <= (_FEW_OUTPUTS_TOKENS if has_few_outputs else _GEMM_WINS_TOKENS)

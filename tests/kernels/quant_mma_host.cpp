@@ -9,10 +9,8 @@ typedef unsigned long long u64;
 
 static const unsigned char *shared_memory;
 
-static u32 load_shared_u16(u32 address) {
-    u16 two;
-    memcpy(&two, shared_memory + address, 2);
-    return two;
+static void load_shared_u128(u32 (&to)[4], u32 address) {
+    memcpy(to, shared_memory + address, 16);
 }
 
 static u32 prmt(u32 a, u32 b, u32 select) {
@@ -21,6 +19,8 @@ static u32 prmt(u32 a, u32 b, u32 select) {
     for (int i = 0; i < 4; i++) picked |= (u32)(bytes >> 8 * (select >> 4 * i & 7) & 255) << 8 * i;
     return picked;
 }
+
+static u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 
 static double value_of(u32 bits) {
     u16 low = (u16)bits;
@@ -63,17 +63,13 @@ extern "C" void unpack_step(const unsigned char *memory, u32 high_at, u32 tile_b
                             int quad, const u32 *words, const u32 *min_words, const u32 *supers,
                             u32 (*fragments)[4][4]) {
     shared_memory = memory;
-    RowScales rows[2];
-    for (int i = 0; i < 2; i++) {
-        memcpy(rows[i].word, words + 4 * i, 16);
-        memcpy(rows[i].min_word, min_words + 4 * i, 16);
-        prepare(rows[i], supers[i]);
-    }
-    u32 low = first_byte(row, LOW_ROW, quad);
-    u32 high = high_at + (HIGH_BITS ? first_byte(row, HIGH_BYTES, quad) : 0);
+    UnitScales units[2];
+    for (int i = 0; i < 2; i++)
+        units[i] = unit_scales(words[4 * i + quad], min_words[4 * i + quad], supers[i]);
+    u32 low = low_place(row, quad, tile_bytes), high = high_at + high_place(row, quad);
     Bytes bytes;
-    load_bytes<0>(bytes, low, high, tile_bytes), unpack<0>(fragments[0], bytes, rows);
-    load_bytes<1>(bytes, low, high, tile_bytes), unpack<1>(fragments[1], bytes, rows);
-    load_bytes<2>(bytes, low, high, tile_bytes), unpack<2>(fragments[2], bytes, rows);
-    load_bytes<3>(bytes, low, high, tile_bytes), unpack<3>(fragments[3], bytes, rows);
+    load_bytes<0>(bytes, low, high);
+    unpack<0>(fragments[0], bytes, units, quad), unpack<1>(fragments[1], bytes, units, quad);
+    load_bytes<1>(bytes, low, high);
+    unpack<2>(fragments[2], bytes, units, quad), unpack<3>(fragments[3], bytes, units, quad);
 }
