@@ -23,6 +23,7 @@ from pipeserve.engine.messages import (
     ReplicasChanged,
     RouterMessage,
     SequencesFailed,
+    SequenceTimes,
     Shutdown,
     StatsReply,
     Submit,
@@ -207,7 +208,7 @@ class ReplicaRouter:
                 self._count(message)
                 self._place_waiting()
                 self._deliver(message)
-            case PromptLogprobs():
+            case PromptLogprobs() | SequenceTimes():
                 self._deliver(message)
             case GrammarFailed():
                 self._forget(message.seq_id)
@@ -286,7 +287,10 @@ class ReplicaRouter:
 
     def _end(self, message: Finish | Abort) -> None:
         if message.seq_id in self._waiting:
-            self._line.remove(self._waiting.pop(message.seq_id)[1])
+            submit, sequence = self._waiting.pop(message.seq_id)
+            self._line.remove(sequence)
+            if submit.mark is not None:
+                self._deliver(SequenceTimes(mark=submit.mark, ended_s=self._line.now_s))
             self._place_waiting()  # the next may fit where it did not
             return
         placed = self._forget(message.seq_id)

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from pipeserve.engine.generation import GeneratedToken, Generation
-from pipeserve.engine.messages import FinishReason
+from pipeserve.engine.messages import FinishReason, TraceMark
 from pipeserve.server.plan import Plan, PlannedSequence
 from pipeserve.server.record import RequestRecord
 from pipeserve.server.scores import ScoredToken, Scores
@@ -197,7 +197,7 @@ async def open_choices(
     num_prompt_tokens = sum(len(sequence.prompt_token_ids) for sequence in plan.sequences)
     services.engine.check_capacity(len(plan.sequences), num_prompt_tokens)
     admission = replace(plan.admission, account=record.key_label)
-    record.submitted_at = time.perf_counter()
+    record.submitted_at = time.monotonic()
     async with AsyncExitStack() as stack:
         choices: list[Choice] = []
         stack.callback(_count_aborted, choices, record)
@@ -208,10 +208,17 @@ async def open_choices(
                 admission,
                 grammar=plan.grammar,
                 timeout_s=timeout_s,
+                mark=_mark(index, record),
             )
             generation = await stack.enter_async_context(generation)
             choices.append(_choice(index, generation, sequence, plan, services, record))
         yield choices
+
+
+def _mark(index: int, record: RequestRecord) -> TraceMark | None:
+    if record.traceparent is None:
+        return None
+    return TraceMark(parent=record.traceparent, choice=index, submitted_s=time.monotonic())
 
 
 def _choice(
