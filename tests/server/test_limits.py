@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,8 @@ from pipeserve.server.connection import Connection
 from pipeserve.server.incoming import MAX_JSON_VALUES, PROGRESS_BYTES
 from pipeserve.server.text_pool import MAX_LOST, TextPool
 from pipeserve.text.chat_template import ChatTemplate
+from pipeserve.text.long_texts import PART_LENGTH, byte_level_cutter
+from pipeserve.text.tokenizer import Tokenizer
 from tests.server.conftest import Server, running_server
 from tests.server.fakes import text_answer
 
@@ -280,17 +283,72 @@ async def test_a_client_that_leaves_takes_its_text_work_along() -> None:
 async def test_text_work_that_nothing_can_end_shows_in_health() -> None:
     release = threading.Event()  # stands for a call that never comes back to Python
     async with running_server() as server:
-        server.state.ready(server.services)
-        pool = server.services.text_pool
+        pool = TextPool(2, stuck_after_s=0.1)
+        server.state.ready(replace(server.services, text_pool=pool))
         for _ in range(MAX_LOST + 2):
             with pytest.raises(TimeoutError):
                 await pool.run(0.02, release.wait)
-        assert await _health(server) == (503, "failed")
+        async with asyncio.timeout(10):
+            while await _health(server) != (503, "failed"):
+                await asyncio.sleep(0.02)
         release.set()
         async with asyncio.timeout(10):
             while await _health(server) != (200, "ready"):
                 await asyncio.sleep(0.02)
         assert await pool.run(10, sum, (1, 2)) == 3
+        pool.close()
+
+
+async def test_jobs_wait_for_threads_that_take_long_to_end() -> None:
+    """Without anybody else asking meanwhile, and with health as it was."""
+    release = threading.Event()
+    pool = TextPool(2)
+    for _ in range(MAX_LOST + 2):
+        with pytest.raises(TimeoutError):
+            await pool.run(0.02, release.wait)
+    job = asyncio.create_task(pool.run(20, int, "7"))
+    await asyncio.sleep(0.05)
+    assert not job.done()
+    assert not pool.is_stuck
+    release.set()
+    assert await job == 7
+    pool.close()
+
+
+async def test_abandoned_tokenising_ends_between_parts_and_disturbs_nobody() -> None:
+    """More calls than threads may be lost, each of a text that would take for ever."""
+    started = threading.Semaphore(0)
+    part_over = threading.Event()
+    lengths: list[int] = []
+
+    class SlowBackend:
+        def encode_batch_fast(self, texts: list[str], **options: object) -> list[SimpleNamespace]:
+            lengths.append(len(texts[0]))
+            started.release()
+            part_over.wait(0.2)  # nothing ends a call before it returns
+            return [SimpleNamespace(ids=[0])]
+
+    tokenizer = Tokenizer.__new__(Tokenizer)  # only what cuts and encodes
+    tokenizer._cutter = byte_level_cutter(())
+    tokenizer._backend = SlowBackend()  # type: ignore[assignment]
+    endless = "words and " * 700_000
+    async with running_server() as server:
+        server.state.ready(server.services)
+        pool = server.services.text_pool
+        before = threading.active_count()
+        for _ in range(2 * MAX_LOST):
+            encode = partial(tokenizer.encode, endless, add_special_tokens=False)
+            call = asyncio.create_task(pool.run(60, encode))
+            await asyncio.to_thread(started.acquire)
+            call.cancel()
+            assert await _health(server) == (200, "ready")
+        assert (await server.post("/v1/chat/completions", CHAT))[0] == 200
+        part_over.set()
+        async with asyncio.timeout(10):
+            while threading.active_count() > before + 4:  # text and the test's own
+                await asyncio.sleep(0.02)
+        assert len(lengths) == 2 * MAX_LOST  # each ended after its first part
+        assert max(lengths) < 2 * PART_LENGTH
 
 
 async def test_a_pool_hands_on_results_and_errors_and_survives_late_ones() -> None:
