@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeserve.server import generation, json_pieces
+from pipeserve.server import json_pieces
+from pipeserve.server.completion_replies import CompletionReply
 from pipeserve.server.json_pieces import SLICE, list_items, text_pieces
+from pipeserve.server.responses import ScoreColumns
+from pipeserve.server.scores import ScoredToken
 from tests.server.conftest import Server
 from tests.server.fakes import text_answer
 
@@ -79,15 +83,23 @@ async def test_a_streamed_echo_comes_in_slices_with_their_text(server: Server) -
         assert choice.text == "".join(tokens).removeprefix("<|begin|>")
 
 
-@pytest.mark.parametrize(("length", "are_many"), [(1, True), (1000, False)])
 async def test_others_have_their_turn_between_slices(
-    length: int, are_many: bool, server: Server, monkeypatch: pytest.MonkeyPatch
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "SLICE", length)
     server.engine.answer = text_answer("abcd")
+    score = CompletionReply.score
     async with counted_turns() as turns:
-        await server.post("/v1/completions", {**ECHO, "max_tokens": 1})
-    assert (turns[0] > len(PROMPT)) is are_many
+        at: list[int] = []
+
+        def noted_score(self: CompletionReply, scored: Sequence[ScoredToken]) -> ScoreColumns:
+            if len(scored) > 1:  # of the prompt
+                at.append(turns[0])
+            return score(self, scored)
+
+        monkeypatch.setattr(CompletionReply, "score", noted_score)
+        await server.post("/v1/completions", ECHO)
+    assert len(at) > NUM_SLICES
+    assert len(set(at)) == len(at)
 
 
 @pytest.mark.parametrize("options", [{}, {"with_pieces": True}, {"return_token_strs": True}])
@@ -112,13 +124,22 @@ async def test_long_bodies_are_sent_in_parts(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_pieces, "SEND_BYTES", 1000)
+    monkeypatch.setattr(json_pieces, "SLICE_OF_TEXT", 100)
     text = "é\u2028😀" * 1000
+    write = web.StreamResponse.write
     async with counted_turns() as turns:
-        status, answer = await server.post(
-            "/apply-template", {"messages": [{"role": "user", "content": text}]}
-        )
-        assert turns[0] > 20
+        at: list[int] = []
+
+        async def noted_write(self: web.StreamResponse, data: bytes) -> None:
+            at.append(turns[0])
+            await write(self, data)
+
+        monkeypatch.setattr(web.StreamResponse, "write", noted_write)
+        body = {"messages": [{"role": "user", "content": text}]}
+        status, answer = await server.post("/apply-template", body)
     assert (status, answer) == (200, {"prompt": f"user:{text}\nassistant:"})
+    assert len(at) > 10
+    assert len(set(at)) == len(at)
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), length=st.integers(1, 9))
