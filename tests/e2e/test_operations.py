@@ -221,6 +221,26 @@ async def stop_in_a_stream(
     return late
 
 
+@pytest.mark.parametrize("text", ["some words, ", "a"], ids=["words", "no cut"])
+async def test_abandoned_calls_with_long_texts_disturb_nobody(text: str, tmp_path: Path) -> None:
+    """More of them than threads may be lost; the daemon's own tokenizer is at work."""
+    body = json.dumps({"content": text * (7_500_000 // len(text))}).encode()
+    with daemon("--processes", "two", command=fake_engine(tmp_path)) as running:
+        async with ClientSession() as session, asyncio.timeout(60):
+            for _ in range(16):
+                _, writer = await asyncio.open_connection(*running.url[7:].split(":"))
+                head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+                writer.write(head.format(len(body)).encode() + body)
+                await writer.drain()
+                await asyncio.sleep(0.2)  # a thread is at work on it, as a rule
+                writer.transport.abort()
+                assert await health(session, running.url) == "ready"
+            assert await ask(session, running.url) == 200
+            assert await health(session, running.url) == "ready"
+        running.signal()
+        assert await asyncio.to_thread(running.wait) == 0
+
+
 def test_sockets_of_another_process_are_left_alone() -> None:
     from pipeserve.notify import take_inherited_sockets
 
