@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from pipeserve.errors import InvalidParameterError
 from pipeserve.server.body import Body, check_token_ids, parse
-from pipeserve.server.chat_messages import ChatMessage
+from pipeserve.server.chat_messages import MAX_MESSAGES, ChatMessage
 from pipeserve.server.chat_prompt import render_chat
 from pipeserve.server.chat_requests import ChatPrompt
 from pipeserve.server.json_pieces import list_items, text_pieces, to_json
@@ -28,7 +28,7 @@ class TokenizeRequest(ChatPrompt):
     """A text; special tokens around it only if add_special says so (llama-server)."""
     prompt: str | None = None
     """A text; special tokens around it unless add_special_tokens says otherwise (vLLM)."""
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)] = ()
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=MAX_MESSAGES)] = ()
     add_special: bool | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -19,9 +20,11 @@ from structlog.testing import capture_logs
 from pipeserve.config import Config
 from pipeserve.errors import ConfigError
 from pipeserve.server.api_keys import ApiKeys
+from pipeserve.server.chat_messages import MAX_MESSAGES
 from pipeserve.server.connection import Connection
 from pipeserve.server.incoming import MAX_JSON_VALUES, PROGRESS_BYTES
 from pipeserve.server.text_pool import MAX_LOST, TextPool
+from pipeserve.server.tools import MAX_TOOLS
 from pipeserve.text.chat_template import ChatTemplate
 from pipeserve.text.long_texts import PART_LENGTH, byte_level_cutter
 from pipeserve.text.tokenizer import Tokenizer
@@ -30,7 +33,8 @@ from tests.server.fakes import text_answer
 
 BODY = b'{"model": "tiny", "prompt": "hi"}'
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(BODY)
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 # An endless program in few characters: every level multiplies the rounds by 10,000.
 ENDLESS = "{% for a in range(10000) %}" * 8 + "{% endfor %}" * 8
@@ -162,6 +166,31 @@ async def test_a_json_bomb_is_refused() -> None:
         async with server.http.post(url, data=io.BytesIO(bomb)) as response:
             assert response.status == 400
             assert "commas and brackets" in await response.text()
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "most"),
+    [
+        ("/v1/chat/completions", "messages", CHAT["messages"] * (MAX_MESSAGES + 1), MAX_MESSAGES),
+        ("/tokenize", "messages", CHAT["messages"] * (MAX_MESSAGES + 1), MAX_MESSAGES),
+        ("/apply-template", "tools", [TOOL] * (MAX_TOOLS + 1), MAX_TOOLS),
+        (
+            "/apply-template",
+            "messages",
+            [{"role": "user", "content": [{"type": "text", "text": ""}] * (MAX_MESSAGES + 1)}],
+            MAX_MESSAGES,
+        ),
+    ],
+    ids=["chat", "tokenize", "tools", "parts"],
+)
+async def test_lists_of_objects_are_bounded(
+    path: str, field: str, value: object, most: int
+) -> None:
+    async with running_server() as server:
+        server.state.ready(server.services)
+        status, answer = await server.post(path, {**CHAT, field: value})
+        assert status == 400
+        assert f"a list of at most {most}" in str(answer)
 
 
 async def test_what_is_no_http_gets_json(server: Server) -> None:
