@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientPayloadError, ClientSession
 
 from tests.e2e.daemon_process import FAKE_ENGINE_DAEMON, WITH_SOCKET, DaemonProcess, daemon
 from tests.e2e.notify_socket import notify_socket
@@ -153,17 +153,46 @@ async def test_a_model_that_does_not_come_back_fails_the_request(tmp_path: Path)
         assert await asyncio.to_thread(running.wait) == 1
 
 
-@pytest.mark.parametrize(("first", "event"), [("slow", "loading weights"), ("serve", "ready")])
+@pytest.mark.parametrize(
+    ("first", "event"),
+    [
+        ("serve", "listening"),
+        ("serve", "engine process started"),
+        ("slow", "loading weights"),
+        ("serve", "ready"),
+        ("serve", "draining"),
+    ],
+)
 async def test_after_kill_9_the_next_start_is_clean(first: str, event: str, tmp_path: Path) -> None:
     options = ("--processes", "two")
     with daemon(*options, command=fake_engine(tmp_path, first), wait_ready=False) as running:
-        await asyncio.to_thread(running.wait_for, event)
+        if event == "draining":
+            await asyncio.to_thread(running.wait_for, "ready")
+            await kill_while_it_drains(running)
+        else:
+            if event != "listening":  # which the context has waited for
+                await asyncio.to_thread(running.wait_for, event)
+            running.process.kill()
         port = int(running.url.rpartition(":")[2])
-        running.process.kill()
-        await gone(running.engine_pid)
+        if any(line["event"] == "engine process started" for line in running.lines):
+            await gone(running.engine_pid)
     with daemon(*options, command=fake_engine(tmp_path), port=port) as running:
         async with ClientSession() as session, asyncio.timeout(60):
             assert await ask(session, running.url) == 200
+
+
+async def kill_while_it_drains(running: DaemonProcess) -> None:
+    """In the middle of a stream, too."""
+    async with (
+        ClientSession() as session,
+        session.post(f"{running.url}/v1/completions", json=LONG) as response,
+    ):
+        await response.content.readline()
+        running.signal()
+        await asyncio.to_thread(running.wait_for, "draining")
+        running.process.kill()
+        with pytest.raises(ClientPayloadError):
+            await response.content.read()
 
 
 def test_the_service_manager_is_told_of_every_phase(tmp_path: Path) -> None:
