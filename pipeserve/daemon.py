@@ -312,6 +312,7 @@ class Daemon:
             take_times=None if self._tracer is None else self._tracer.sequence_ended,
         )
         engine.start(client.deliver)
+        client.set_log_level(self._config.log_level)  # it may have changed since the order
         try:
             yield client
         finally:

@@ -26,6 +26,7 @@ from pipeserve.engine.messages import (
     RouterMessage,
     SequencesFailed,
     SequenceTimes,
+    SetLogLevel,
     Shutdown,
     StatsReply,
     Submit,
@@ -247,6 +248,10 @@ class EngineClient:
             return await reply
         finally:
             del self._replies[reply_id]
+
+    def set_log_level(self, level: str) -> None:
+        """Of engine processes, also of those that are started later."""
+        self._post(SetLogLevel(level=level))
 
     def shut_down(self) -> None:
         """Tell the engine to end; whoever still waits for a sequence gets NotReadyError."""

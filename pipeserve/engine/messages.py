@@ -78,6 +78,13 @@ class GetStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SetLogLevel:
+    """Front to engine process: log from this level on. An engine in the same process needs none."""
+
+    level: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
     """Front to engine: abort everything and end the engine thread."""
 
@@ -174,7 +181,7 @@ class SequenceTimes:
     """Per stage, after the first token; empty where there was no second."""
 
 
-FrontMessage = Submit | Finish | Abort | GetStats | Shutdown
+FrontMessage = Submit | Finish | Abort | GetStats | SetLogLevel | Shutdown
 EngineMessage = (
     TokenEvents | PromptLogprobs | StatsReply | GrammarFailed | SequenceTimes | EngineFailed
 )

@@ -102,6 +102,15 @@ async def test_sighup_follows_the_configuration(tmp_path: Path) -> None:
             assert await ask(session, running.url, {"prompt": "x" * 2000}, key=new_key) == 413
             asked = [line for line in running.lines if line["event"] == "request finished"]
             assert [line.get("key") for line in asked] == ["alice"]  # later ones are below warning
+            config.write_text(
+                f"api_keys_file = {str(keys)!r}\nprocesses = 'two'\nmax_body_bytes = 1024\n"
+                "log_level = 'debug'\n"
+            )
+            await reload("reloaded")
+            await asyncio.to_thread(running.wait_for, "engine process: log level")
+            os.kill(running.engine_pid, signal.SIGKILL)  # the next one is told as well
+            await asyncio.to_thread(running.wait_for, "engine process: log level")
+            await asyncio.to_thread(running.wait_for, "ready")
             config.write_text("max_body_bytes = 'many'\n")
             assert "max_body_bytes" in str(
                 (await reload("reload failed, the options stay as they were"))["error"]

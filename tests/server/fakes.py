@@ -20,6 +20,7 @@ from pipeserve.engine.messages import (
     FrontMessage,
     GetStats,
     SequenceTimes,
+    SetLogLevel,
     Shutdown,
     StageWork,
     StatsReply,
@@ -155,6 +156,8 @@ class ScriptedEngine:
                     self.client.deliver(
                         StatsReply(reply_id=reply_id, stats=self.stats or self._stats())
                     )
+            case SetLogLevel(level=level):
+                self.log_level = level
             case Shutdown():
                 self._stop_all()
             case _:
