@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -259,8 +260,12 @@ async def stop_in_a_stream(
     return late
 
 
-@pytest.mark.parametrize("text", ["some words, ", "a"], ids=["words", "no cut"])
-async def test_abandoned_calls_with_long_texts_disturb_nobody(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "status"), [("some words, ", 200), ("a", 400)], ids=["words", "no cut"]
+)
+async def test_abandoned_calls_with_long_texts_disturb_nobody(
+    text: str, status: int, tmp_path: Path
+) -> None:
     """More of them than threads may be lost; the daemon's own tokenizer is at work."""
     body = json.dumps({"content": text * (7_500_000 // len(text))}).encode()
     with daemon("--processes", "two", command=fake_engine(tmp_path)) as running:
@@ -275,6 +280,9 @@ async def test_abandoned_calls_with_long_texts_disturb_nobody(text: str, tmp_pat
                 assert await health(session, running.url) == "ready"
             assert await ask(session, running.url) == 200
             assert await health(session, running.url) == "ready"
+            async with session.post(f"{running.url}/tokenize", data=io.BytesIO(body)) as response:
+                await response.read()
+                assert response.status == status
         running.signal()
         assert await asyncio.to_thread(running.wait) == 0
 

@@ -128,7 +128,8 @@ async def test_what_the_client_does_not_sample_is_not_traced() -> None:
         assert f"{root.context.trace_id:032x}" != TRACE_ID
 
 
-def test_a_collector_that_never_answers_holds_up_nobody() -> None:
+def test_a_collector_that_never_answers_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as collector:
         port = collector.getsockname()[1]
         tracer = RequestTracer.exporting_to(f"http://127.0.0.1:{port}/v1/traces")
