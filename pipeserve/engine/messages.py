@@ -179,6 +179,8 @@ class SequenceTimes:
     """Per stage, until the first token; empty where it never began."""
     decode: tuple[StageWork, ...] = ()
     """Per stage, after the first token; empty where there was no second."""
+    replica: int = 0
+    """Which one had it; the router knows."""
 
 
 FrontMessage = Submit | Finish | Abort | GetStats | SetLogLevel | Shutdown

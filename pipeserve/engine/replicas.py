@@ -216,8 +216,10 @@ class ReplicaRouter:
                 self._count(message)
                 self._place_waiting()
                 self._deliver(message)
-            case PromptLogprobs() | SequenceTimes():
+            case PromptLogprobs():
                 self._deliver(message)
+            case SequenceTimes():
+                self._deliver(replace(message, replica=index))
             case GrammarFailed():
                 self._forget(message.seq_id)
                 self._place_waiting()

@@ -142,7 +142,8 @@ class RequestTracer:
         for name, works in (("prefill", times.prefill), ("decode", times.decode)):
             if works:
                 end_s = works[-1].end_s
-                phase = self._add(name, parent, begin_s, end_s, {**choice, **_steps(works[0])})
+                attributes = {**choice, "pipeserve.replica": times.replica, **_steps(works[0])}
+                phase = self._add(name, parent, begin_s, end_s, attributes)
                 self._add_stages(phase, works)
                 begin_s = end_s
 

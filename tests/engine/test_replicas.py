@@ -488,5 +488,5 @@ def test_times_of_marked_sequences_are_told_also_where_no_replica_had_them() -> 
     front.router.post(Abort(seq_id=3))
     (times,) = front.of_kind(SequenceTimes)
     assert (times.mark, times.prefill, times.decode) == (marks[0], (), ())
-    front.router.take(0, SequenceTimes(mark=marks[1], ended_s=1.0))
-    assert front.of_kind(SequenceTimes)[1].mark is marks[1]
+    front.router.take(1, SequenceTimes(mark=marks[1], ended_s=1.0))
+    assert front.of_kind(SequenceTimes)[1] == SequenceTimes(mark=marks[1], ended_s=1.0, replica=1)
