@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 from daemons import FAKE_ENGINE_DAEMON, running_daemon, wait_ready
@@ -28,29 +29,26 @@ BIG_TIMEOUT_S = 120.0
 WORDS = "some words and more of them, "
 
 
-def big_requests() -> Iterator[tuple[str, str, dict[str, Any]]]:
+SCORED = {"echo": True, "logprobs": 20, "max_tokens": 1, "ignore_eos": True}
+
+READER = """
+import sys, urllib.request
+request = urllib.request.Request(sys.argv[1], open(sys.argv[2], "rb").read())
+print(len(urllib.request.urlopen(request).read()))
+"""
+
+
+def big_requests(share: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, path and body; share: of the full sizes."""
+    text, shorter = WORDS * int(260_000 * share), WORDS * int(100_000 * share)
+    prompt = {"model": "demo", "prompt": [500] * int(32_000 * share), **SCORED}
     yield "nothing", "", {}
-    yield "/tokenize, 7.5 MB", "/tokenize", {"content": WORDS * 260_000}
-    yield (
-        "/tokenize with_pieces, 3 MB",
-        "/tokenize",
-        {"content": WORDS * 100_000, "with_pieces": True},
-    )
-    yield "/apply-template, 7.5 MB", "/apply-template", {"messages": [_user(WORDS * 260_000)]}
-    prompt = {"model": "demo", "prompt": [500] * 32_000, "max_tokens": 1, "ignore_eos": True}
-    yield "echo of 32,000 tokens, 20 logprobs", "/v1/completions", {**prompt, **SCORED}
-    yield (
-        "the same as a stream",
-        "/v1/completions",
-        {**prompt, **SCORED, "stream": True},
-    )
-
-
-SCORED = {"echo": True, "logprobs": 20}
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
+    yield "/tokenize", "/tokenize", {"content": text}
+    yield "/tokenize with_pieces", "/tokenize", {"content": shorter, "with_pieces": True}
+    messages = [{"role": "user", "content": text}]
+    yield "/apply-template", "/apply-template", {"messages": messages}
+    yield "echo with 20 logprobs", "/v1/completions", prompt
+    yield "the same as a stream", "/v1/completions", {**prompt, "stream": True}
 
 
 class Gaps:
@@ -96,17 +94,16 @@ async def ask(url: str, path: str, body: dict[str, Any]) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(body, file)
         file.flush()
-        command = ["curl", "-sS", "--fail-with-body", "-o", "/dev/null", "-w", "%{size_download}"]
         process = await asyncio.create_subprocess_exec(
-            *command, "-d", f"@{file.name}", url + path, stdout=asyncio.subprocess.PIPE
+            sys.executable, "-c", READER, url + path, file.name, stdout=asyncio.subprocess.PIPE
         )
         output, _ = await asyncio.wait_for(process.communicate(), BIG_TIMEOUT_S)
         if process.returncode != 0:
-            raise RuntimeError(f"{path} failed: {output.decode()}")
+            raise RuntimeError(f"{path} failed")
         return int(output)
 
 
-async def measure(url: str) -> None:
+async def measure(url: str, share: float) -> None:
     gaps = Gaps()
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, timeout=timeout) as session:
@@ -116,7 +113,7 @@ async def measure(url: str) -> None:
         ]
         tasks.append(asyncio.create_task(ask_health_for_ever(session, gaps)))
         await asyncio.sleep(WARM_UP_S)
-        for name, path, body in big_requests():
+        for name, path, body in big_requests(share):
             gaps.begin()
             begin_s = time.monotonic()
             num_bytes = await ask(url, path, body)
@@ -136,16 +133,19 @@ async def measure(url: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--step-ms", type=float, default=10.0, help="default: %(default)s")
+    parser.add_argument("--share", type=float, default=1.0, help="of the full sizes")
     parser.add_argument("serve", nargs="*", metavar="OPTION", help="of pipeserve serve, after --")
     options = parser.parse_args()
     program = [str(FAKE_ENGINE_DAEMON), str(options.step_ms / 1e3)]
     with tempfile.NamedTemporaryFile(prefix="big-answers-", suffix=".log") as log:
         with running_daemon(program, ["--devices", "cpu", *options.serve], log) as daemon:
-            asyncio.run(_measure_when_ready(daemon, log))
+            asyncio.run(_measure_when_ready(daemon, log, options.share))
 
 
-async def _measure_when_ready(daemon: Any, log: Any) -> None:
-    await measure(await wait_ready(daemon, log))
+async def _measure_when_ready(
+    daemon: subprocess.Popen[bytes], log: IO[bytes], share: float
+) -> None:
+    await measure(await wait_ready(daemon, log), share)
 
 
 if __name__ == "__main__":
