@@ -1,7 +1,8 @@
-"""The daemon with an engine that computes nothing, for http_cost.py.
+"""The daemon with an engine that computes nothing, for http_cost.py and big_answers.py.
 
 Run as a program in place of `python -m pipeserve`: STEP_S, then the arguments. All sequences get a
-token at every multiple of STEP_S on the monotonic clock, as if a step had taken that long.
+token at every multiple of STEP_S on the monotonic clock, as if a step had taken that long, with
+invented log-probabilities where they are asked for.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import time
 import types
 from typing import Any
 
+import numpy as np
+
 from pipeserve import engine_child, engine_process
 from pipeserve.cli import main
-from pipeserve.core.batch import PipelineFacts
+from pipeserve.core.batch import PipelineFacts, PromptLogprobs
 from pipeserve.core.layout import LayoutSurvey
 from pipeserve.engine.messages import (
     Abort,
@@ -28,11 +31,15 @@ from pipeserve.engine.messages import (
     Submit,
     SurveyLayouts,
     TokenEvents,
+    TokenLogprobs,
 )
 from pipeserve.engine.stats import EngineStats
 
 NUM_SPECIAL = 17
 """Ids below are control tokens of the demo model, which have no text."""
+
+CHUNK = 256
+"""Prompt tokens whose log-probabilities come together, as from the scheduler."""
 
 step_s = float(sys.argv.pop(1))
 
@@ -44,11 +51,20 @@ class Answer:
         ids = [each for each in submit.prompt_token_ids if each >= NUM_SPECIAL] or [NUM_SPECIAL]
         self._ids = ids
         self._left = submit.sampling.max_tokens
+        self._num_logprobs = submit.sampling.num_logprobs
 
-    def next(self) -> tuple[int, FinishReason | None]:
+    def next(self) -> tuple[int, FinishReason | None, TokenLogprobs | None]:
         self._left -= 1
         token_id = self._ids[self._left % len(self._ids)]
-        return token_id, None if self._left else FinishReason.LENGTH
+        logprobs = None
+        if self._num_logprobs is not None:
+            count = self._num_logprobs
+            logprobs = TokenLogprobs(
+                logprob=-0.123456,
+                top_ids=tuple(range(NUM_SPECIAL, NUM_SPECIAL + count)),
+                top_logprobs=tuple(-0.123456 * each for each in range(1, count + 1)),
+            )
+        return token_id, None if self._left else FinishReason.LENGTH, logprobs
 
 
 class FakeHalf:
@@ -60,7 +76,7 @@ class FakeHalf:
             num_rows=order.config.max_num_seqs or 1024,
             num_blocks=1 << 16,
             block_size=16,
-            context_length=8192,
+            context_length=1 << 17,
             max_batch_tokens=2048,
             num_look_ahead=1,
             vocab_size=1 << 15,
@@ -102,6 +118,7 @@ class FakeHalf:
                 return True
             match message:
                 case Submit():
+                    self._score_prompt(message)
                     self._answers[message.seq_id] = Answer(message)
                     if len(self._answers) == 1:
                         until_s = (time.monotonic() // step_s + 1) * step_s
@@ -113,17 +130,36 @@ class FakeHalf:
                 case Shutdown():
                     return False
 
+    def _score_prompt(self, submit: Submit) -> None:
+        count = submit.sampling.num_prompt_logprobs
+        if count is None:
+            return
+        num_scored = len(submit.prompt_token_ids) - 1
+        for first in range(0, num_scored, CHUNK):
+            length = min(CHUNK, num_scored - first)
+            ids_K = np.arange(NUM_SPECIAL, NUM_SPECIAL + count, dtype=np.int32)
+            scores_K = np.linspace(-0.5, -5.5, count, dtype=np.float32)
+            self._deliver(
+                PromptLogprobs(
+                    seq_id=submit.seq_id,
+                    first=first + 1,
+                    token_P=np.full(length, -0.123456, np.float32),
+                    top_ids_PK=np.tile(ids_K, (length, 1)),
+                    top_PK=np.tile(scores_K, (length, 1)),
+                )
+            )
+
     def _step(self) -> None:
         drawn = {seq_id: answer.next() for seq_id, answer in self._answers.items()}
         self._deliver(
             TokenEvents(
                 seq_ids=tuple(drawn),
-                token_ids=tuple(token_id for token_id, _ in drawn.values()),
-                finish_reasons=tuple(reason for _, reason in drawn.values()),
-                logprobs=(None,) * len(drawn),
+                token_ids=tuple(token_id for token_id, _, _ in drawn.values()),
+                finish_reasons=tuple(reason for _, reason, _ in drawn.values()),
+                logprobs=tuple(logprobs for _, _, logprobs in drawn.values()),
             )
         )
-        for seq_id, (_, reason) in drawn.items():
+        for seq_id, (_, reason, _) in drawn.items():
             if reason is not None:
                 del self._answers[seq_id]
 

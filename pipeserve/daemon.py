@@ -52,6 +52,8 @@ TEXT_THREADS = 2
 """Threads for templates and tokenising."""
 STOP_TIMEOUT_S = 5.0
 """How long threads and the engine may take to end once nobody waits for their work."""
+TRACES_TIMEOUT_S = 2.0
+"""How long the collector may take for the last traces."""
 FAREWELL_S = 2.0
 """How long requests have to receive their errors after the engine died."""
 
@@ -73,10 +75,11 @@ def serve(config: Config, read_options: Callable[[], Config]) -> int:
         PipeserveError: the daemon could not start.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        exit_status = runner.run(Daemon(config, read_options).run())
+        daemon = Daemon(config, read_options)
+        exit_status = runner.run(daemon.run())
     deadline_s = time.monotonic() + STOP_TIMEOUT_S
     for thread in threading.enumerate():
-        if thread is not threading.main_thread():
+        if thread is not threading.main_thread() and thread not in daemon.abandoned:
             thread.join(max(0.0, deadline_s - time.monotonic()))
     if threading.active_count() > 1:
         sys.stdout.flush()
@@ -98,6 +101,8 @@ class Daemon:
         self._restarts = Restarts()
         self._ready_s: float | None = None
         """When the present engine began to take requests; None while it does not."""
+        self.abandoned: frozenset[threading.Thread] = frozenset()
+        """Threads that have had their time to end."""
 
     @property
     def _config(self) -> Config:
@@ -146,7 +151,12 @@ class Daemon:
         finally:
             await runner.cleanup()
             if self._tracer is not None:
-                await _first(asyncio.to_thread(self._tracer.close), asyncio.sleep(FAREWELL_S))
+                await self._send_traces(self._tracer)
+
+    async def _send_traces(self, tracer: RequestTracer) -> None:
+        if not await asyncio.to_thread(tracer.close, TRACES_TIMEOUT_S):
+            log.warning("the collector takes no traces, the last are lost")
+            self.abandoned = tracer.threads
 
     async def _unless_stopped(self, function: Callable[..., T], *arguments: object) -> T | None:
         """Run it on a thread of its own; None if a stop is asked for before it returns."""
@@ -299,8 +309,10 @@ class Daemon:
             post=engine.post,
             max_queued_requests=self._config.max_queued_requests,
             max_queued_tokens=self._config.max_queued_tokens,
+            take_times=None if self._tracer is None else self._tracer.sequence_ended,
         )
         engine.start(client.deliver)
+        client.set_log_level(self._config.log_level)  # it may have changed since the order
         try:
             yield client
         finally:

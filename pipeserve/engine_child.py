@@ -22,12 +22,13 @@ from pipeserve.engine.messages import (
     Load,
     Loaded,
     LoadFailed,
+    SetLogLevel,
     Surveyed,
     SurveyLayouts,
 )
 from pipeserve.engine.wire import Outbox, Wire
 from pipeserve.errors import EngineError, PipeserveError
-from pipeserve.log import configure_logging
+from pipeserve.log import LogFormat, configure_logging
 from pipeserve.toolchain import keep_kernels_in
 
 STOP_TIMEOUT_S = 3.0
@@ -61,19 +62,24 @@ def serve_engine(wire: Wire) -> int:
     assert isinstance(order, Load | SurveyLayouts), f"the first message is {order!r}"
     configure_logging(level=order.config.log_level, log_format=order.config.log_format)
     inbox: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(wire, inbox), name="from-front", daemon=True).start()
+    arguments = (wire, inbox, order.config.log_format)
+    threading.Thread(target=_receive, args=arguments, name="from-front", daemon=True).start()
     outbox = Outbox(wire, name="to-front")
     status = _run(order, inbox, outbox)
     outbox.close(FLUSH_TIMEOUT_S)
     return status
 
 
-def _receive(wire: Wire, inbox: Inbox) -> None:
+def _receive(wire: Wire, inbox: Inbox, log_format: LogFormat) -> None:
     """Runs on a thread of its own, from before torch is imported, to notice an orphan's fate."""
     try:
         while (messages := wire.receive()) is not None:
             for message in messages:
-                inbox.put(message)
+                if isinstance(message, SetLogLevel):
+                    configure_logging(level=message.level, log_format=log_format)
+                    log.debug("engine process: log level", level=message.level)
+                else:
+                    inbox.put(message)
     except Exception:
         log.exception("engine process: unreadable message")
     os._exit(1)

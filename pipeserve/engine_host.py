@@ -16,7 +16,7 @@ from pipeserve.core.batch import PipelineFacts
 from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import OnProgress
 from pipeserve.engine.engine import Inbox
-from pipeserve.engine.messages import EngineMessage, FrontMessage, Load, SurveyLayouts
+from pipeserve.engine.messages import EngineMessage, FrontMessage, Load, SetLogLevel, SurveyLayouts
 from pipeserve.engine_process import EngineProcess
 from pipeserve.toolchain import keep_kernels_in
 
@@ -71,7 +71,8 @@ class EngineThreads:
         self._half.start(lambda message: deliver((message,)))
 
     def post(self, message: FrontMessage) -> None:
-        self._inbox.put(message)
+        if not isinstance(message, SetLogLevel):  # this process has it
+            self._inbox.put(message)
 
     def close(self, timeout_s: float) -> None:
         """A `load` that has not returned goes on until the process ends."""

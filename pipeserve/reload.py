@@ -25,8 +25,7 @@ RELOADABLE = frozenset(
         *("max_queued_tokens", "request_timeout_s"),
     }
 )
-"""Options that a running daemon follows. Of the log level an engine process learns at its next
-start."""
+"""Options that a running daemon follows."""
 
 log = structlog.get_logger()
 
@@ -71,6 +70,7 @@ class Reloader:
             self._state.services.engine.limit_queue(
                 config.max_queued_requests, config.max_queued_tokens
             )
+            self._state.services.engine.set_log_level(config.log_level)
         log.warning("reloaded", need_restart=need_restart)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,8 +90,33 @@ def test_every_alert_says_how_bad_and_what() -> None:
         assert re.fullmatch(r"\d+m", rule["for"])
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def check_rules(path: Path) -> subprocess.CompletedProcess[str]:
+    command = ["promtool", "check", "rules", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed"
+)
+
+
+@needs_promtool
 def test_promtool_accepts_the_rules() -> None:
-    command = ["promtool", "check", "rules", str(FOLDER / "alerts.yml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = check_rules(FOLDER / "alerts.yml")
     assert done.returncode == 0, done.stderr
+
+
+@needs_promtool
+def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    """As recording rules, with what Grafana puts in for its variables."""
+    queries = [re.sub(r"\$__\w+", "5m", query) for query in dashboard_queries()]
+    rules = [
+        {"record": f"panel:{index}", "expr": re.sub(r"\$\w+", "x", query)}
+        for index, query in enumerate(queries)
+    ]
+    path = tmp_path / "dashboard.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    done = check_rules(path)
+    assert done.returncode == 0, done.stderr
+    path.write_text(path.read_text().replace("rate(", "rate((", 1))
+    assert check_rules(path).returncode != 0

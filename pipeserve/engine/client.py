@@ -25,11 +25,14 @@ from pipeserve.engine.messages import (
     ReplicasChanged,
     RouterMessage,
     SequencesFailed,
+    SequenceTimes,
+    SetLogLevel,
     Shutdown,
     StatsReply,
     Submit,
     TokenEvents,
     TokenLogprobs,
+    TraceMark,
 )
 from pipeserve.engine.service_rate import ServiceRate
 from pipeserve.engine.stats import EngineStats
@@ -60,10 +63,13 @@ class EngineClient:
         post: Callable[[FrontMessage], None],
         max_queued_requests: int,
         max_queued_tokens: int | None = None,
+        take_times: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
-        """max_queued_tokens: see check_capacity; None: no limit."""
+        """max_queued_tokens: see check_capacity; None: no limit. take_times: gets those of every
+        sequence that brought a mark, also after it was forgotten here."""
         self.facts = facts
         self._post = post
+        self._take_times = take_times
         self.limit_queue(max_queued_requests, max_queued_tokens)
         self._num_queued_tokens = 0
         self._generations: dict[int, Generation] = {}
@@ -155,6 +161,7 @@ class EngineClient:
         *,
         grammar: Grammar | None = None,
         timeout_s: float | None = None,
+        mark: TraceMark | None = None,
     ) -> Generation:
         """Submit one sequence; enter the returned context to read its tokens.
 
@@ -162,6 +169,7 @@ class EngineClient:
 
         grammar: what the answer must match; its tokens end where that does, or at max_tokens.
         timeout_s: the sequence is aborted if it has not ended by then; None: it may take for ever.
+        mark: its times are wanted, and what they belong to.
 
         Raises:
             PromptTooLongError: prompt and max_tokens together exceed the context.
@@ -186,6 +194,7 @@ class EngineClient:
                 sampling=sampling,
                 admission=admission,
                 grammar=grammar,
+                mark=mark,
             )
         )
         return generation
@@ -240,6 +249,10 @@ class EngineClient:
         finally:
             del self._replies[reply_id]
 
+    def set_log_level(self, level: str) -> None:
+        """Of engine processes, also of those that are started later."""
+        self._post(SetLogLevel(level=level))
+
     def shut_down(self) -> None:
         """Tell the engine to end; whoever still waits for a sequence gets NotReadyError."""
         self._is_shut_down = True
@@ -270,6 +283,9 @@ class EngineClient:
                 generation = self._forget(message.seq_id)
                 if generation is not None:
                     generation.fail(GrammarError(message.error))
+            case SequenceTimes():
+                if self._take_times is not None:
+                    self._take_times(message)
             case EngineFailed():
                 self._deliver_failure(message)
             case SequencesFailed():

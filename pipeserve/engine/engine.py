@@ -30,6 +30,7 @@ from pipeserve.engine.messages import (
 from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.scheduler import Scheduler
 from pipeserve.engine.sequence import Sequence, SequenceStatus
+from pipeserve.engine.sequence_times import SequenceTimer
 from pipeserve.engine.stats import EngineStats
 from pipeserve.engine.step_figures import StepRecorder
 
@@ -85,6 +86,7 @@ class Engine:
         self._masks = None if constraints is None else MaskWorkers(constraints, inbox.put)
         self._sequences: dict[int, Sequence] = {}
         self._recorder = StepRecorder(pipeline.facts.num_stages)
+        self._timer = SequenceTimer(pipeline.facts)
         self._started_s = time.monotonic()
         self._last_progress_s = self._started_s
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -169,6 +171,7 @@ class Engine:
         events = self._scheduler.update(output)
         is_idle = not self._scheduler.has_steps_in_flight
         self._recorder.note_output(output.stage_spans, self._last_progress_s, is_idle=is_idle)
+        self._timer.note_output(output.stage_spans)
         for seq_id, reason in zip(events.seq_ids, events.finish_reasons, strict=True):
             if reason is not None:
                 self._forget(seq_id)
@@ -197,6 +200,8 @@ class Engine:
             is_constrained=message.grammar is not None,
         )
         self._sequences[message.seq_id] = sequence
+        if message.mark is not None:
+            self._timer.note_arrival(message.seq_id, message.mark)
         self._scheduler.add(sequence)
         if message.grammar is not None:
             assert self._masks is not None, "a grammar comes only where it was found to compile"
@@ -213,6 +218,9 @@ class Engine:
     def _forget(self, seq_id: int) -> Sequence | None:
         if self._masks is not None:
             self._masks.forget(seq_id)
+        times = self._timer.take(seq_id, time.monotonic())
+        if times is not None:
+            self._post(times)
         return self._sequences.pop(seq_id, None)
 
     def _submit(self) -> None:
@@ -222,6 +230,7 @@ class Engine:
                 self._last_progress_s = time.monotonic()
                 was_idle = False
             self._recorder.note_submitted(batch, time.monotonic())
+            self._timer.note_submitted(batch)
             self._pipeline.submit(batch)
 
     def _stats(self) -> EngineStats:

@@ -32,6 +32,17 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TraceMark:
+    """On a sequence whose times are to be told: what they belong to."""
+
+    parent: str
+    """The request's span, as a W3C traceparent."""
+    choice: int
+    submitted_s: float
+    """By time.monotonic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
     """Front to engine: generate for this prompt."""
 
@@ -41,6 +52,8 @@ class Submit:
     admission: AdmissionParams = field(default_factory=AdmissionParams)
     grammar: Grammar | None = None
     """What the answer must match."""
+    mark: TraceMark | None = None
+    """None where nobody wants to know its times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +75,13 @@ class GetStats:
     """Front to engine: answer with a StatsReply."""
 
     reply_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetLogLevel:
+    """Front to engine process: log from this level on. An engine in the same process needs none."""
+
+    level: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +156,37 @@ class GrammarFailed:
     error: str
 
 
-FrontMessage = Submit | Finish | Abort | GetStats | Shutdown
-EngineMessage = TokenEvents | PromptLogprobs | StatsReply | GrammarFailed | EngineFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageWork:
+    """A stage's work on the steps of one sequence, other sequences in the same steps included.
+
+    Times by time.monotonic.
+    """
+
+    start_s: float
+    end_s: float
+    busy_s: float
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceTimes:
+    """Engine to front, once a sequence with a mark has ended: what it spent its time on."""
+
+    mark: TraceMark
+    ended_s: float
+    prefill: tuple[StageWork, ...] = ()
+    """Per stage, until the first token; empty where it never began."""
+    decode: tuple[StageWork, ...] = ()
+    """Per stage, after the first token; empty where there was no second."""
+    replica: int = 0
+    """Which one had it; the router knows."""
+
+
+FrontMessage = Submit | Finish | Abort | GetStats | SetLogLevel | Shutdown
+EngineMessage = (
+    TokenEvents | PromptLogprobs | StatsReply | GrammarFailed | SequenceTimes | EngineFailed
+)
 """Log-probabilities of a prompt come before the sequence's first token."""
 RouterMessage = EngineMessage | SequencesFailed | ReplicasChanged
 

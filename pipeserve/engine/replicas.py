@@ -23,6 +23,8 @@ from pipeserve.engine.messages import (
     ReplicasChanged,
     RouterMessage,
     SequencesFailed,
+    SequenceTimes,
+    SetLogLevel,
     Shutdown,
     StatsReply,
     Submit,
@@ -164,6 +166,7 @@ class ReplicaRouter:
         self._placed: dict[int, _Placed] = {}
         self._num_turns = 0
         self._mean_output = float(FIRST_GUESS)
+        self._log_level: SetLogLevel | None = None
         self._asked: dict[int, set[int]] = {}
         """Reply id -> replicas that have not answered."""
 
@@ -188,13 +191,19 @@ class ReplicaRouter:
                 self._end(message)
             case GetStats():
                 self._ask(message)
+            case SetLogLevel():
+                self._log_level = message
+                self._post_to_all(message)
             case Shutdown():
                 for _, sequence in self._waiting.values():
                     self._line.remove(sequence)
                 self._waiting.clear()
-                for replica in self._replicas:
-                    if replica.is_live:
-                        replica.member.post(message)
+                self._post_to_all(message)
+
+    def _post_to_all(self, message: FrontMessage) -> None:
+        for replica in self._replicas:
+            if replica.is_live:
+                replica.member.post(message)
 
     def take(self, index: int, message: EngineMessage) -> None:
         """Take a message from a replica, in its present life."""
@@ -209,6 +218,8 @@ class ReplicaRouter:
                 self._deliver(message)
             case PromptLogprobs():
                 self._deliver(message)
+            case SequenceTimes():
+                self._deliver(replace(message, replica=index))
             case GrammarFailed():
                 self._forget(message.seq_id)
                 self._place_waiting()
@@ -224,6 +235,8 @@ class ReplicaRouter:
         replica = self._replicas[index]
         assert not replica.is_live, "it failed before"
         replica.begin(member)
+        if self._log_level is not None:
+            member.post(self._log_level)
         self._tell_change()
         self._place_waiting()
 
@@ -286,7 +299,10 @@ class ReplicaRouter:
 
     def _end(self, message: Finish | Abort) -> None:
         if message.seq_id in self._waiting:
-            self._line.remove(self._waiting.pop(message.seq_id)[1])
+            submit, sequence = self._waiting.pop(message.seq_id)
+            self._line.remove(sequence)
+            if submit.mark is not None:
+                self._deliver(SequenceTimes(mark=submit.mark, ended_s=self._line.now_s))
             self._place_waiting()  # the next may fit where it did not
             return
         placed = self._forget(message.seq_id)

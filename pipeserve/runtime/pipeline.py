@@ -27,6 +27,7 @@ from pipeserve.runtime.memory import (
     measure_cards,
     report_card,
 )
+from pipeserve.runtime.onednn_caches import bound_onednn_caches
 from pipeserve.runtime.placement import Placement, place
 from pipeserve.runtime.plan import PipelinePlan, plan_pipeline, size_caches
 from pipeserve.runtime.slowdown import slow_down
@@ -106,6 +107,7 @@ class Pipeline:
             ModelError: the file cannot be served.
             ConfigError: options do not fit the model or this machine.
         """
+        bound_onednn_caches()
         model = check_model(gguf_file)
         placement = place(gguf_file, model, config, devices, slowdowns=slowdowns)
         if placement.reason is not None:

@@ -99,10 +99,17 @@ def check_token_ids(ids: Sequence[int], *, vocab_size: int, param: str) -> None:
     )
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
 def shown(value: object) -> str:
     """A value as JSON, cut short: enough to recognise it, not enough to leak a prompt."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = ""
+    for part in _ENCODER.iterencode(value):  # not all of what may be megabytes
+        text += part
+        if len(text) > 60:
+            return f"{text[:57]}..."
+    return text
 
 
 _MUST_BE = {

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag
 
 from pipeserve.server.body import Body, Ignored, Refused, kind_of_text
 from pipeserve.text.template_features import TemplateFeatures
+
+MAX_MESSAGES = 16_384
+"""In a chat, and parts of a message: what is made of them holds up everybody, 4 us for each."""
 
 
 class ContentPart(Body):
@@ -22,7 +25,8 @@ class ContentPart(Body):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[tuple[ContentPart, ...], Tag("<list>")],
+    Annotated[str, Tag("<text>")]
+    | Annotated[tuple[ContentPart, ...], Field(max_length=MAX_MESSAGES), Tag("<list>")],
     Discriminator(kind_of_text),
 ]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from json.encoder import encode_basestring_ascii
 
-from pipeserve.server.responses import LEAST_LOGPROB, Json, Reply, to_json
+from pipeserve.server.json_pieces import to_json
+from pipeserve.server.responses import LEAST_LOGPROB, Json, Reply
 from pipeserve.server.scores import ScoredToken
 from pipeserve.text.answer import AnswerParts
 from pipeserve.text.call_reader import CallDelta
@@ -25,6 +26,8 @@ class ChatReply(Reply):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     _no_content = '"delta":{}'
+    _score_names = ("content",)
+    _score_end = ',"refusal":null'
 
     def opening(self, index: int) -> str:
         return (
@@ -79,17 +82,15 @@ class ChatReply(Reply):
         function = {"name": name, "arguments": arguments}
         return {"id": call_id, "type": "function", "function": function}
 
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> Json:
-        return {"content": [self._scored(token) for token in scored], "refusal": None}
-
-    def _scored(self, token: ScoredToken) -> Json:
+    def _score(self, token: ScoredToken) -> tuple[Json]:
         logprobs = token.logprobs
         assert logprobs is not None, "only echoed tokens have none, and a chat echoes nothing"
         pairs = zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
-        return {
+        score = {
             **self._token(token.token_id, logprobs.logprob),
             "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in pairs],
         }
+        return (score,)
 
     def _token(self, token_id: int, logprob: float) -> Json:
         raw = self._tokenizer.token_bytes(token_id, skip_special=False)

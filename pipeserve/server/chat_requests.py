@@ -12,9 +12,15 @@ from pydantic import Field, model_validator
 from pipeserve.core.sampling import MAX_LOGPROBS
 from pipeserve.errors import InvalidParameterError
 from pipeserve.server.body import Body, Ignored, Refused
-from pipeserve.server.chat_messages import AssistantMessage, ChatMessage
+from pipeserve.server.chat_messages import MAX_MESSAGES, AssistantMessage, ChatMessage
 from pipeserve.server.requests import GenerationRequest
-from pipeserve.server.tools import AllowedToolsChoice, FunctionTool, NamedTool, ToolChoice
+from pipeserve.server.tools import (
+    MAX_TOOLS,
+    AllowedToolsChoice,
+    FunctionTool,
+    NamedTool,
+    ToolChoice,
+)
 from pipeserve.text.template_features import TemplateFeatures
 
 _LEAVE_OUT = "leave it out"
@@ -24,8 +30,8 @@ _TEXT_VERBOSITY = 'leave it out or send "medium"; say in a message how long answ
 class ChatPrompt(Body):
     """What a chat template makes a prompt of."""
 
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
-    tools: tuple[FunctionTool, ...] | None = None
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Annotated[tuple[FunctionTool, ...], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

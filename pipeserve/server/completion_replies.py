@@ -5,8 +5,8 @@ Runs on the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii
+from typing import Any
 
 from pipeserve.server.responses import LEAST_LOGPROB, Json, Reply
 from pipeserve.server.scores import ScoredToken
@@ -20,6 +20,7 @@ class CompletionReply(Reply):
     object_name = "text_completion"
     chunk_name = "text_completion"
     _no_content = '"text":""'
+    _score_names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
     def opening(self, index: int) -> None:
         return None
@@ -30,13 +31,8 @@ class CompletionReply(Reply):
     def _whole_content(self, parts: AnswerParts) -> Json:
         return {"text": parts.text}
 
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> Json:
-        return {
-            "tokens": [self._token(token.token_id) for token in scored],
-            "token_logprobs": [_logprob(token) for token in scored],
-            "top_logprobs": [self._top(token) for token in scored],
-            "text_offset": [token.text_offset for token in scored],
-        }
+    def _score(self, token: ScoredToken) -> tuple[Any, ...]:
+        return self._token(token.token_id), _logprob(token), self._top(token), token.text_offset
 
     def _top(self, token: ScoredToken) -> dict[str, float] | None:
         """The likeliest tokens; the one that was chosen is always among them."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from pipeserve.engine.generation import GeneratedToken, Generation
-from pipeserve.engine.messages import FinishReason
+from pipeserve.engine.messages import FinishReason, TraceMark
+from pipeserve.server.json_pieces import SLICE
 from pipeserve.server.plan import Plan, PlannedSequence
 from pipeserve.server.record import RequestRecord
 from pipeserve.server.scores import ScoredToken, Scores
@@ -61,7 +62,10 @@ class Choice:
         self._record = record
         self._generates = generates
         self._scores_end = scores_end
-        self._echo = echo
+        self._echo = None if echo is None else self._slice_echo(*echo)
+        """What is left of it; a long prompt's scores are not made at once."""
+        self._held: list[GeneratedToken] = []
+        """The first tokens, while the echo goes before them."""
         self._arrived_at: float | None = None
         """When the latest tokens did."""
 
@@ -84,14 +88,27 @@ class Choice:
         Raises:
             EngineError: the pipeline died, or the daemon ended the sequence to stop.
         """
-        deltas: list[Delta] = []
+        if self._echo is not None:
+            return await self._next_of_echo(self._echo)
+        tokens, self._held = self._held, []
+        deltas = self._take_all(tokens) if tokens else []
         while not deltas and self.finish_reason is None:
             deltas = self._take_all(await anext(self._generation))
         return deltas
 
+    async def _next_of_echo(self, echo: Iterator[Delta]) -> list[Delta]:
+        if not self._held:  # the prompt's scores are complete with the first token
+            self._held = await anext(self._generation)
+        await asyncio.sleep(0)  # others have their turn
+        delta = next(echo, None)
+        if delta is not None:
+            return [delta]
+        self._echo = None
+        return await self.next_deltas()
+
     async def feed(self, sink: Callable[[list[Delta]], bool]) -> None:
         """Hands what next_deltas would return to the sink as soon as it is there, until that
-        returns False or has got the last.
+        returns False or has got the last. Returns at once while there is something to echo.
 
         Raises:
             EngineError: see next_deltas.
@@ -103,32 +120,35 @@ class Choice:
             wants_more = sink(deltas) if deltas or is_last else True
             return wants_more and not is_last
 
-        await self._generation.feed(take)
+        if self._echo is None and not self._held:
+            await self._generation.feed(take)
 
     def _take_all(self, tokens: Sequence[GeneratedToken]) -> list[Delta]:
-        deltas = self._take_echo()
         num_before = self.num_tokens
-        deltas += [delta for token in tokens if (delta := self._take(token)) is not None]
+        deltas = [delta for token in tokens if (delta := self._take(token)) is not None]
         num_new = self.num_tokens - num_before
         self._arrived_at = self._record.tokens_arrived(num_new, self._arrived_at)
         if self.finish_reason is not None:
             self._record.sequence_finished(self.finish_reason)
         return deltas
 
-    def _take_echo(self) -> list[Delta]:
+    def _slice_echo(self, token_ids: Sequence[int], text: str) -> Iterator[Delta]:
         """The prompt, ahead of the first token."""
-        echo, self._echo = self._echo, None
-        if echo is None:
-            return []
-        token_ids, text = echo
-        scored: tuple[ScoredToken, ...] = ()
-        if self._scores is not None:
-            logprobs = (None, *self._generation.prompt_logprobs)
-            for token_id, token_logprobs in zip(token_ids, logprobs, strict=True):
-                self._scores.add(token_id, token_logprobs)
-            self._scores.show(text)
-            scored = self._scores.take(is_cut=False)
-        return [Delta(parts=AnswerParts(text=text), num_tokens=0, scored=scored)]
+        scores = self._scores
+        if scores is None:
+            yield Delta(parts=AnswerParts(text=text), num_tokens=0)
+            return
+        logprobs = (None, *self._generation.prompt_logprobs)
+        start = 0
+        for first in range(0, len(token_ids), SLICE):
+            last = first + SLICE
+            for each in zip(token_ids[first:last], logprobs[first:last], strict=True):
+                scores.add(*each)
+            end = scores.num_decoded if last < len(token_ids) else len(text)
+            scores.show(text[start:end])
+            parts = AnswerParts(text=text[start:end])
+            yield Delta(parts=parts, num_tokens=0, scored=scores.take(is_cut=False))
+            start = end
 
     def _take(self, token: GeneratedToken) -> Delta | None:
         if self.finish_reason is not None:
@@ -204,7 +224,7 @@ async def open_choices(
     num_prompt_tokens = sum(len(sequence.prompt_token_ids) for sequence in plan.sequences)
     services.engine.check_capacity(len(plan.sequences), num_prompt_tokens)
     admission = replace(plan.admission, account=record.key_label)
-    record.submitted_at = time.perf_counter()
+    record.submitted_at = time.monotonic()
     async with AsyncExitStack() as stack:
         choices: list[Choice] = []
         stack.callback(_count_aborted, choices, record)
@@ -215,10 +235,17 @@ async def open_choices(
                 admission,
                 grammar=plan.grammar,
                 timeout_s=timeout_s,
+                mark=_mark(index, record),
             )
             generation = await stack.enter_async_context(generation)
             choices.append(_choice(index, generation, sequence, plan, services, record))
         yield choices
+
+
+def _mark(index: int, record: RequestRecord) -> TraceMark | None:
+    if record.traceparent is None:
+        return None
+    return TraceMark(parent=record.traceparent, choice=index, submitted_s=time.monotonic())
 
 
 def _choice(

@@ -16,15 +16,21 @@ from pipeserve.server.chat_replies import ChatReply
 from pipeserve.server.completion_replies import CompletionReply
 from pipeserve.server.generation import Choice, Delta, open_choices, run_together
 from pipeserve.server.incoming import read_body
+from pipeserve.server.json_pieces import send_json
 from pipeserve.server.metrics import Metrics
 from pipeserve.server.middleware import RECORD
 from pipeserve.server.options import LiveOptions
 from pipeserve.server.plan import Plan, plan_chat, plan_completion
-from pipeserve.server.responses import FinishedChoice, Reply, Usage, model_object
+from pipeserve.server.responses import (
+    FinishedChoice,
+    Reply,
+    ScoreColumns,
+    Usage,
+    model_object,
+)
 from pipeserve.server.sse import DONE, EVENT_STREAM, EventStream, event
 from pipeserve.server.state import AppState, Phase, Services
 from pipeserve.server.text_requests import (
-    Json,
     apply_template,
     detokenize,
     tokenize,
@@ -56,17 +62,17 @@ async def completions(request: web.Request) -> web.StreamResponse:
     return await _generate(request, plan_completion, CompletionReply)
 
 
-async def tokenize_text(request: web.Request) -> web.Response:
+async def tokenize_text(request: web.Request) -> web.StreamResponse:
     """POST /tokenize"""
     return await _answer_text(request, tokenize)
 
 
-async def detokenize_tokens(request: web.Request) -> web.Response:
+async def detokenize_tokens(request: web.Request) -> web.StreamResponse:
     """POST /detokenize"""
     return await _answer_text(request, detokenize)
 
 
-async def render_template(request: web.Request) -> web.Response:
+async def render_template(request: web.Request) -> web.StreamResponse:
     """POST /apply-template"""
     return await _answer_text(request, apply_template)
 
@@ -129,10 +135,10 @@ def _loaded(request: web.Request) -> Services:
     return services
 
 
-async def _answer_text(request: web.Request, job: TextJob[Json]) -> web.Response:
+async def _answer_text(request: web.Request, job: TextJob[list[str]]) -> web.StreamResponse:
     body = await read_body(request, request.app[OPTIONS].config)
     services = _loaded(request)
-    return web.json_response(await _off_the_loop(request, services, job, body))
+    return await send_json(request, await _off_the_loop(request, services, job, body))
 
 
 async def _generate(
@@ -205,23 +211,27 @@ async def _stream(
 
 async def _answer_whole(
     request: web.Request, plan: Plan, reply: Reply, choices: list[Choice]
-) -> web.Response:
+) -> web.StreamResponse:
     finished: list[FinishedChoice | None] = [None] * len(choices)
 
     async def collect(choice: Choice) -> None:
-        collected: list[Delta] = []
+        parts: list[AnswerParts] = []
+        scores: list[ScoreColumns] = []
         while choice.finish_reason is None:
-            collected += await choice.next_deltas()
+            deltas = await choice.next_deltas()
+            parts += [delta.parts for delta in deltas]
+            # Now, since those of all tokens at the end would hold up everybody else.
+            scores += [reply.score(delta.scored) for delta in deltas if delta.scored]
         assert choice.finish_reason is not None, "deltas end with a finish reason"
         finished[choice.index] = FinishedChoice(
             choice=choice,
-            parts=AnswerParts.joined([delta.parts for delta in collected]),
-            scored=[token for delta in collected for token in delta.scored],
+            parts=AnswerParts.joined(parts),
+            scores=scores,
         )
 
     await run_together([collect(choice) for choice in choices])
-    body = reply.whole([choice for choice in finished if choice], _usage(plan, choices))
-    return web.json_response(text=body)
+    pieces = reply.whole([choice for choice in finished if choice], _usage(plan, choices))
+    return await send_json(request, pieces)
 
 
 def _usage(plan: Plan, choices: list[Choice]) -> Usage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
@@ -20,6 +21,9 @@ from pipeserve.server.record import CLIENT_DISCONNECTED, RequestRecord
 from pipeserve.server.responses import ErrorReply, describe_error
 from pipeserve.server.sse import EVENT_STREAM, EventStream, event
 from pipeserve.server.tracing import RequestTracer
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 RECORD = web.RequestKey("record", RequestRecord)
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -40,6 +44,7 @@ def make_middleware(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         record = RequestRecord(request_id=_request_id(request), metrics=metrics)
         request[RECORD] = record
+        span = _begin_span(request, record, tracer)
         status: int | None = None
         try:
             response = await _answer(request, handler, record, options)
@@ -51,7 +56,9 @@ def make_middleware(
             record.error = CLIENT_DISCONNECTED if is_gone else "daemon stopped"
             raise
         finally:
-            _finish(request, record, status, tracer)
+            _finish(request, record, status)
+            if tracer is not None and span is not None:
+                tracer.request_ended(span, record, status=status)
 
     return middleware
 
@@ -131,13 +138,22 @@ def _request_id(request: web.Request) -> str:
     return given if _SANE_REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
 
 
-def _finish(
-    request: web.Request,
-    record: RequestRecord,
-    status: int | None,
-    tracer: RequestTracer | None,
-) -> None:
-    """Log line, metrics and trace; status is None where no answer was completed."""
+def _begin_span(
+    request: web.Request, record: RequestRecord, tracer: RequestTracer | None
+) -> Span | None:
+    """None for polls and for what is served nowhere."""
+    resource = request.match_info.route.resource
+    if tracer is None or resource is None or request.path in OPEN_PATHS:
+        return None
+    # The name holds nothing of the request's own.
+    name = f"{request.method} {resource.canonical}"
+    return tracer.request_began(
+        record, name=name, client_traceparent=request.headers.get("traceparent")
+    )
+
+
+def _finish(request: web.Request, record: RequestRecord, status: int | None) -> None:
+    """Log line and metrics; status is None where no answer was completed."""
     if status is not None and status >= 400:
         record.metrics.request_refused(status)
     record.request_finished()
@@ -150,10 +166,3 @@ def _finish(
         status=status,
         **record.log_fields(),
     )
-    if tracer is not None and resource is not None and not is_poll:
-        tracer.request_ended(
-            record,
-            name=f"{request.method} {resource.canonical}",
-            traceparent=request.headers.get("traceparent"),
-            status=status,
-        )

@@ -17,13 +17,15 @@ CLIENT_DISCONNECTED = "client disconnected"
 
 @dataclass(slots=True, kw_only=True)
 class RequestRecord:
-    """Times are those of time.perf_counter, in seconds."""
+    """Times are those of time.monotonic, in seconds."""
 
     request_id: str
     metrics: Metrics
-    started_at: float = field(default_factory=time.perf_counter)
+    started_at: float = field(default_factory=time.monotonic)
     key_label: str = ANYBODY
     """Whose API key it brought; never the key."""
+    traceparent: str | None = None
+    """Of the request's own span; None where it is not traced."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     submitted_at: float | None = None
@@ -36,7 +38,7 @@ class RequestRecord:
 
     def tokens_arrived(self, num_tokens: int, previous_at: float | None) -> float:
         """Counts tokens of one sequence, whose last ones came at previous_at; returns now."""
-        now = time.perf_counter()
+        now = time.monotonic()
         self.output_tokens += num_tokens
         self.last_token_at = now
         if self.first_token_at is None:
@@ -66,7 +68,7 @@ class RequestRecord:
     def request_finished(self) -> None:
         """Takes the latency of a complete answer."""
         if self.error is None and self.finish_reasons:
-            self.metrics.request_finished(time.perf_counter() - self.started_at)
+            self.metrics.request_finished(time.monotonic() - self.started_at)
 
     def log_fields(self) -> dict[str, object]:
         """The fields of the log line; those that do not apply are left out."""
@@ -84,5 +86,5 @@ class RequestRecord:
             fields["finish_reason"] = ",".join(reasons)
         if self.error is not None:
             fields["error"] = self.error
-        fields["duration_s"] = round(time.perf_counter() - self.started_at, 4)
+        fields["duration_s"] = round(time.monotonic() - self.started_at, 4)
         return fields

@@ -5,7 +5,6 @@ Runs on the event loop.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -29,6 +28,7 @@ from pipeserve.errors import (
     UnknownModelError,
 )
 from pipeserve.server.generation import Choice, Delta
+from pipeserve.server.json_pieces import to_json
 from pipeserve.server.plan import Plan
 from pipeserve.server.scores import ScoredToken
 from pipeserve.server.state import ModelCard, Services
@@ -42,6 +42,8 @@ RETRY_AFTER_S = 5
 """When to come back to a daemon that loads or drains."""
 
 Json = dict[str, Any]
+ScoreColumns = tuple[str, ...]
+"""Some tokens in the lists of an answer's logprobs: of each list the items, as JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,8 @@ class FinishedChoice:
     choice: Choice
     parts: AnswerParts
     """All deltas in one."""
-    scored: Sequence[ScoredToken]
+    scores: Sequence[ScoreColumns] = ()
+    """Of all tokens, in turn."""
 
 
 class Reply(ABC):
@@ -87,6 +90,10 @@ class Reply(ABC):
     chunk_name: str
     _no_content: str
     """The members of a chunk's choice where there is no text."""
+    _score_names: tuple[str, ...]
+    """The lists in logprobs."""
+    _score_end: str = ""
+    """What follows them there, as JSON."""
 
     def __init__(self, *, card: ModelCard, tokenizer: Tokenizer, plan: Plan) -> None:
         self._tokenizer = tokenizer
@@ -108,7 +115,7 @@ class Reply(ABC):
     def delta(self, index: int, delta: Delta) -> str:
         """The chunk that carries some text."""
         has_logprobs = self._plan.has_logprobs
-        logprobs = to_json(self._logprobs(delta.scored)) if has_logprobs else "null"
+        logprobs = self._logprobs([self.score(delta.scored)]) if has_logprobs else "null"
         return (
             f'{self._chunk_start}{{"index":{index},{self._content(delta.parts)},'
             f'"logprobs":{logprobs},"finish_reason":null}}{self._end(index, delta.num_tokens)}'
@@ -134,24 +141,40 @@ class Reply(ABC):
         head = {"object": self.chunk_name, **self._head}
         return to_json({**head, "choices": [], "usage": usage.to_json()})
 
-    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> str:
-        """The body of an answer that is not streamed."""
-        has_logprobs = self._plan.has_logprobs
-        answer = {
-            "object": self.object_name,
-            **self._head,
-            "choices": [
-                {
-                    "index": finished.choice.index,
-                    **self._whole_content(finished.parts),
-                    "logprobs": self._logprobs(finished.scored) if has_logprobs else None,
-                    "finish_reason": _reason(finished.choice),
-                }
-                for finished in choices
-            ],
-            "usage": usage.to_json(),
-        }
-        return to_json(answer)
+    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> list[str]:
+        """The body of an answer that is not streamed, in pieces."""
+        head = to_json({"object": self.object_name, **self._head})
+        pieces = [f'{head[:-1]},"choices":[']
+        for number, finished in enumerate(choices):
+            content = to_json(
+                {"index": finished.choice.index, **self._whole_content(finished.parts)}
+            )
+            pieces.append(f'{"," if number else ""}{content[:-1]},"logprobs":')
+            pieces += (
+                self._logprobs_pieces(finished.scores) if self._plan.has_logprobs else ["null"]
+            )
+            pieces.append(f',"finish_reason":"{_reason(finished.choice)}"}}')
+        pieces.append(f'],"usage":{to_json(usage.to_json())}}}')
+        return pieces
+
+    def score(self, scored: Sequence[ScoredToken]) -> ScoreColumns:
+        """What stands in the lists of logprobs for these tokens."""
+        rows = [self._score(token) for token in scored]
+        return tuple(to_json(column)[1:-1] for column in zip(*rows, strict=True))
+
+    def _logprobs(self, scores: Sequence[ScoreColumns]) -> str:
+        return "".join(self._logprobs_pieces(scores))
+
+    def _logprobs_pieces(self, scores: Sequence[ScoreColumns]) -> list[str]:
+        scores = [columns for columns in scores if columns]
+        pieces = []
+        for column, name in enumerate(self._score_names):
+            pieces.append(f'{"," if column else "{"}"{name}":[')
+            for number, columns in enumerate(scores):
+                pieces += [",", columns[column]] if number else [columns[column]]
+            pieces.append("]")
+        pieces.append(f"{self._score_end}}}")
+        return pieces
 
     @abstractmethod
     def _content(self, parts: AnswerParts) -> str:
@@ -161,7 +184,8 @@ class Reply(ABC):
     def _whole_content(self, parts: AnswerParts) -> Json: ...
 
     @abstractmethod
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> Json: ...
+    def _score(self, token: ScoredToken) -> tuple[Any, ...]:
+        """Its value in each of the lists of logprobs."""
 
 
 def _reason(choice: Choice) -> str:
@@ -266,8 +290,3 @@ def describe_error(error: PipeserveError) -> ErrorReply:
         code=code,
         headers=headers,
     )
-
-
-def to_json(value: Json) -> str:
-    """Compact and in ASCII: some clients split event streams at Unicode line separators."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)

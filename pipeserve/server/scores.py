@@ -32,18 +32,19 @@ class Scores:
         self._tokenizer = tokenizer
         self._shown_ids = frozenset(shown_token_ids)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_decoded = 0
+        self.num_decoded = 0
+        """Characters of all tokens so far."""
         self._num_visible = 0
         self._waiting: list[ScoredToken] = []
 
     def add(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """The next token, of an echoed prompt or generated."""
         self._waiting.append(
-            ScoredToken(token_id=token_id, text_offset=self._num_decoded, logprobs=logprobs)
+            ScoredToken(token_id=token_id, text_offset=self.num_decoded, logprobs=logprobs)
         )
         is_hidden = token_id not in self._shown_ids
         raw = self._tokenizer.token_bytes(token_id, skip_special=is_hidden)
-        self._num_decoded += len(self._decoder.decode(raw))
+        self.num_decoded += len(self._decoder.decode(raw))
 
     def show(self, text: str) -> None:
         """More text of the answer is certain."""

@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -20,6 +21,9 @@ T = TypeVar("T")
 MAX_LOST = 8
 """Threads that may be on their way out, or ignore the exception in a call that never returns,
 beside those that work."""
+STUCK_AFTER_S = 10.0
+"""How long they may take to end before text work counts as stuck. A library's call on a long text
+takes a second at most; jobs wait meanwhile."""
 
 
 class _Interrupted(SystemExit):
@@ -80,11 +84,13 @@ class _Job:
 class TextPool:
     """A fixed number of threads that take jobs in order. Owned by the event loop."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, *, stuck_after_s: float = STUCK_AFTER_S) -> None:
         self._num_threads = num_threads
+        self._stuck_after_s = stuck_after_s
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._working: set[threading.Thread] = set()
-        self._lost: list[threading.Thread] = []
+        self._lost: dict[threading.Thread, float] = {}
+        """Since when, by time.monotonic."""
 
     async def run(self, timeout_s: float, function: Callable[..., T], *arguments: object) -> T:
         """What the function returns or raises, on a thread.
@@ -106,8 +112,10 @@ class TextPool:
     @property
     def is_stuck(self) -> bool:
         """No thread is left that takes jobs, and those that were interrupted do not end."""
-        self._fill_up()
-        return not self._working
+        self._forget_ended()
+        if self._working or not self._lost:
+            return False
+        return time.monotonic() - max(self._lost.values()) > self._stuck_after_s
 
     def close(self) -> None:
         """Threads end when they are done with their job, interrupted ones at once."""
@@ -119,21 +127,33 @@ class TextPool:
         thread = job.give_up()
         if thread is not None:
             self._working.discard(thread)
-            self._lost.append(thread)
+            self._lost[thread] = time.monotonic()
         self._fill_up()
 
-    def _fill_up(self) -> None:
-        self._lost = [thread for thread in self._lost if thread.is_alive()]
+    def _forget_ended(self) -> None:
+        self._lost = {thread: at for thread, at in self._lost.items() if thread.is_alive()}
         self._working = {thread for thread in self._working if thread.is_alive()}
+
+    def _fill_up(self) -> None:
+        self._forget_ended()
         most = min(self._num_threads, self._num_threads + MAX_LOST - len(self._lost))
         while len(self._working) < most:
-            thread = threading.Thread(target=self._work, name="text", daemon=True)
+            loop = asyncio.get_running_loop()
+            thread = threading.Thread(target=self._work, args=(loop,), name="text", daemon=True)
             thread.start()
             self._working.add(thread)
 
-    def _work(self) -> None:
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(_Interrupted):
             while (job := self._jobs.get()) is not None:
                 if not job.run():
-                    return
+                    break
                 del job  # a body of megabytes need not wait for the next one
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._end, threading.current_thread())
+
+    def _end(self, thread: threading.Thread) -> None:
+        """Jobs may wait for the place of one that was lost."""
+        self._lost.pop(thread, None)
+        self._working.discard(thread)
+        self._fill_up()

@@ -7,19 +7,18 @@ llama-server and of vLLM.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from pipeserve.errors import InvalidParameterError
 from pipeserve.server.body import Body, check_token_ids, parse
-from pipeserve.server.chat_messages import ChatMessage
+from pipeserve.server.chat_messages import MAX_MESSAGES, ChatMessage
 from pipeserve.server.chat_prompt import render_chat
 from pipeserve.server.chat_requests import ChatPrompt
+from pipeserve.server.json_pieces import list_items, text_pieces, to_json
 from pipeserve.server.state import Services
 from pipeserve.text.tokenizer import Tokenizer
-
-Json = dict[str, Any]
 
 
 class TokenizeRequest(ChatPrompt):
@@ -30,7 +29,7 @@ class TokenizeRequest(ChatPrompt):
     """A text; special tokens around it only if add_special says so (llama-server)."""
     prompt: str | None = None
     """A text; special tokens around it unless add_special_tokens says otherwise (vLLM)."""
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)] = ()
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=MAX_MESSAGES)] = ()
     add_special: bool | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
@@ -71,8 +70,8 @@ class ApplyTemplateRequest(ChatPrompt):
     model: str | None = None
 
 
-def tokenize(body: bytes, services: Services, strict_fields: bool) -> Json:
-    """The answer to a body of /tokenize.
+def tokenize(body: bytes, services: Services, strict_fields: bool) -> list[str]:
+    """The answer to a body of /tokenize, as pieces of JSON.
 
     Raises:
         RequestError: the body is malformed, names another model or does not fit the template.
@@ -88,35 +87,40 @@ def tokenize(body: bytes, services: Services, strict_fields: bool) -> Json:
         add_special_tokens=request.adds_special,
         parse_special=request.parse_special is not False,
     )
-    answer: Json = {
-        "tokens": ids,
-        "count": len(ids),
-        "max_model_len": services.engine.facts.context_length,
-    }
-    if request.with_pieces:
-        answer["tokens"] = [{"id": each, "piece": _piece(each, tokenizer)} for each in ids]
+    facts = {"count": len(ids), "max_model_len": services.engine.facts.context_length}
+
+    def token(token_id: int) -> object:
+        if not request.with_pieces:
+            return token_id
+        return {"id": token_id, "piece": _piece(token_id, tokenizer)}
+
+    def text_of(token_id: int) -> str:
+        return _bytes(token_id, tokenizer).decode(errors="replace")
+
+    answer = ['{"tokens":[', *list_items(ids, token), f"],{to_json(facts)[1:-1]}"]
     if request.return_token_strs:
-        answer["token_strs"] = [_bytes(each, tokenizer).decode(errors="replace") for each in ids]
-    return answer
+        answer += [',"token_strs":[', *list_items(ids, text_of), "]"]
+    return [*answer, "}"]
 
 
-def detokenize(body: bytes, services: Services, strict_fields: bool) -> Json:
+def detokenize(body: bytes, services: Services, strict_fields: bool) -> list[str]:
     """The answer to a body of /detokenize; raises as tokenize does."""
     request = parse(body, DetokenizeRequest, strict_fields=strict_fields)
     _check_model(request.model, services)
     check_token_ids(request.tokens, vocab_size=services.tokenizer.vocab_size, param="tokens")
     text = services.tokenizer.decode(request.tokens, skip_special=False)
-    return {"content": text, "prompt": text}
+    pieces = [*text_pieces(text)]
+    return ['{"content":', *pieces, ',"prompt":', *pieces, "}"]
 
 
-def apply_template(body: bytes, services: Services, strict_fields: bool) -> Json:
+def apply_template(body: bytes, services: Services, strict_fields: bool) -> list[str]:
     """The answer to a body of /apply-template; raises as tokenize does."""
     request = parse(body, ApplyTemplateRequest, strict_fields=strict_fields)
     _check_model(request.model, services)
-    return {"prompt": render_chat(request, services)}
+    return ['{"prompt":', *text_pieces(render_chat(request, services)), "}"]
 
 
-def tokenizer_info(services: Services) -> Json:
+def tokenizer_info(services: Services) -> dict[str, Any]:
     """What programs need beside /tokenize to do without the model's own tokenizer files; in the
     names of transformers and of vLLM."""
     tokenizer = services.tokenizer

@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag
 
 from pipeserve.server.body import Body, kind_of_text
 
+MAX_TOOLS = 4096
 FunctionName = Annotated[str, Field(min_length=1, max_length=200)]
 
 

@@ -12,7 +12,8 @@ import tokenizers
 from pipeserve.errors import UnsupportedModelError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.text.bpe import bpe_pieces, build_bpe, pre_tokenizer_kind
-from pipeserve.text.spm import adds_space_prefix, build_spm, spm_pieces
+from pipeserve.text.long_texts import TextCutter, byte_level_cutter, spm_cutter
+from pipeserve.text.spm import SPACE, adds_space_prefix, build_spm, spm_pieces
 from pipeserve.text.vocabulary import InfillTokens, TokenType, Vocabulary
 
 _SPECIAL_TYPES = (TokenType.CONTROL, TokenType.UNKNOWN)
@@ -34,6 +35,7 @@ class Tokenizer:
         add_bos: bool,
         add_eos: bool,
         strips_leading_space: bool,
+        cutter: TextCutter,
     ) -> None:
         """`backend` knows no added tokens yet; `pieces` holds the bytes of each token."""
         self._vocabulary = vocabulary
@@ -51,6 +53,7 @@ class Tokenizer:
         self._add_eos = add_eos and vocabulary.eos_token_id is not None
         self.strips_leading_space = strips_leading_space
         """Whether the space that begins a text is the tokenizer's own and not shown."""
+        self._cutter = cutter
         added = _added_tokens(vocabulary, keeps_spaces=strips_leading_space)
         self._backend = _with_added_tokens(backend, added)
         # The same model once more, so that the flag need not be switched while others encode.
@@ -81,6 +84,11 @@ class Tokenizer:
                 add_bos=gguf_file.metadata_bool("tokenizer.ggml.add_bos_token", True),
                 add_eos=add_eos,
                 strips_leading_space=adds_space_prefix(gguf_file),
+                cutter=spm_cutter(
+                    (token.replace(SPACE, " ") for token in vocabulary.tokens),
+                    _added_names(vocabulary),
+                    adds_space=adds_space_prefix(gguf_file),
+                ),
             )
         kind = pre_tokenizer_kind(gguf_file)
         return cls(
@@ -90,6 +98,7 @@ class Tokenizer:
             add_bos=gguf_file.metadata_bool("tokenizer.ggml.add_bos_token", kind.add_bos),
             add_eos=add_eos,
             strips_leading_space=False,
+            cutter=byte_level_cutter(_added_names(vocabulary)),
         )
 
     @property
@@ -125,9 +134,14 @@ class Tokenizer:
                 that begins with BOS already gets no second one.
             parse_special: take the name of a control token in the text for that token. Without
                 it, the name is text like any other.
+
+        Raises:
+            InvalidParameterError: a text of megabytes has no place to cut it.
         """
         backend = self._backend if parse_special else self._plain_backend
-        ids = _encode(backend, _well_formed(text))
+        ids: list[int] = []
+        for part in self._cutter.parts(_well_formed(text)):
+            ids += _encode(backend, part)
         if not add_special_tokens:
             return ids
         bos, eos = self._vocabulary.bos_token_id, self._vocabulary.eos_token_id
@@ -182,6 +196,11 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
         (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
     ids: list[int] = encoding.ids
     return ids
+
+
+def _added_names(vocabulary: Vocabulary) -> list[str]:
+    kinds = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    return [vocabulary.tokens[index] for kind in kinds for index in vocabulary.of_type(kind)]
 
 
 def _added_tokens(vocabulary: Vocabulary, *, keeps_spaces: bool) -> list[tokenizers.AddedToken]:

@@ -38,6 +38,14 @@ def test_a_crowd_on_slow_stages_leaves_nothing_behind(processes: str) -> None:
     assert len([line for line in lines if line.startswith("yes ")]) == 7
 
 
+def test_what_big_answers_hold_up_is_measured() -> None:
+    serve = ["--processes=two", "--drain-timeout-s=0.1"]
+    nothing, *rows = run("big_answers.py", "--share=0.01", "--", *serve)
+    assert nothing.startswith("nothing: 0.0 MB")
+    assert len(rows) == 5
+    assert all("longest gap of a stream" in row for row in rows)
+
+
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_the_cost_of_tokens_is_measured(processes: str) -> None:
     lines = run("http_cost.py", "--streams=8", "--max-tokens=40", f"--processes={processes}")

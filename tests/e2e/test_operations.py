@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientPayloadError, ClientSession
 
 from tests.e2e.daemon_process import FAKE_ENGINE_DAEMON, WITH_SOCKET, DaemonProcess, daemon
 from tests.e2e.notify_socket import notify_socket
@@ -102,6 +103,15 @@ async def test_sighup_follows_the_configuration(tmp_path: Path) -> None:
             assert await ask(session, running.url, {"prompt": "x" * 2000}, key=new_key) == 413
             asked = [line for line in running.lines if line["event"] == "request finished"]
             assert [line.get("key") for line in asked] == ["alice"]  # later ones are below warning
+            config.write_text(
+                f"api_keys_file = {str(keys)!r}\nprocesses = 'two'\nmax_body_bytes = 1024\n"
+                "log_level = 'debug'\n"
+            )
+            await reload("reloaded")
+            await asyncio.to_thread(running.wait_for, "engine process: log level")
+            os.kill(running.engine_pid, signal.SIGKILL)  # the next one is told as well
+            await asyncio.to_thread(running.wait_for, "engine process: log level")
+            await asyncio.to_thread(running.wait_for, "ready")
             config.write_text("max_body_bytes = 'many'\n")
             assert "max_body_bytes" in str(
                 (await reload("reload failed, the options stay as they were"))["error"]
@@ -153,17 +163,46 @@ async def test_a_model_that_does_not_come_back_fails_the_request(tmp_path: Path)
         assert await asyncio.to_thread(running.wait) == 1
 
 
-@pytest.mark.parametrize(("first", "event"), [("slow", "loading weights"), ("serve", "ready")])
+@pytest.mark.parametrize(
+    ("first", "event"),
+    [
+        ("serve", "listening"),
+        ("serve", "engine process started"),
+        ("slow", "loading weights"),
+        ("serve", "ready"),
+        ("serve", "draining"),
+    ],
+)
 async def test_after_kill_9_the_next_start_is_clean(first: str, event: str, tmp_path: Path) -> None:
     options = ("--processes", "two")
     with daemon(*options, command=fake_engine(tmp_path, first), wait_ready=False) as running:
-        await asyncio.to_thread(running.wait_for, event)
+        if event == "draining":
+            await asyncio.to_thread(running.wait_for, "ready")
+            await kill_while_it_drains(running)
+        else:
+            if event != "listening":  # which the context has waited for
+                await asyncio.to_thread(running.wait_for, event)
+            running.process.kill()
         port = int(running.url.rpartition(":")[2])
-        running.process.kill()
-        await gone(running.engine_pid)
+        if any(line["event"] == "engine process started" for line in running.lines):
+            await gone(running.engine_pid)
     with daemon(*options, command=fake_engine(tmp_path), port=port) as running:
         async with ClientSession() as session, asyncio.timeout(60):
             assert await ask(session, running.url) == 200
+
+
+async def kill_while_it_drains(running: DaemonProcess) -> None:
+    """In the middle of a stream, too."""
+    async with (
+        ClientSession() as session,
+        session.post(f"{running.url}/v1/completions", json=LONG) as response,
+    ):
+        await response.content.readline()
+        running.signal()
+        await asyncio.to_thread(running.wait_for, "draining")
+        running.process.kill()
+        with pytest.raises(ClientPayloadError):
+            await response.content.read()
 
 
 def test_the_service_manager_is_told_of_every_phase(tmp_path: Path) -> None:
@@ -219,6 +258,33 @@ async def stop_in_a_stream(
     assert json.loads(events[-3][6:])["choices"][0]["finish_reason"] == "length"
     assert await asyncio.to_thread(running.wait) == 0
     return late
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [("some words, ", 200), ("a", 400)], ids=["words", "no cut"]
+)
+async def test_abandoned_calls_with_long_texts_disturb_nobody(
+    text: str, status: int, tmp_path: Path
+) -> None:
+    """More of them than threads may be lost; the daemon's own tokenizer is at work."""
+    body = json.dumps({"content": text * (7_500_000 // len(text))}).encode()
+    with daemon("--processes", "two", command=fake_engine(tmp_path)) as running:
+        async with ClientSession() as session, asyncio.timeout(60):
+            for _ in range(16):
+                _, writer = await asyncio.open_connection(*running.url[7:].split(":"))
+                head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+                writer.write(head.format(len(body)).encode() + body)
+                await writer.drain()
+                await asyncio.sleep(0.2)  # a thread is at work on it, as a rule
+                writer.transport.abort()
+                assert await health(session, running.url) == "ready"
+            assert await ask(session, running.url) == 200
+            assert await health(session, running.url) == "ready"
+            async with session.post(f"{running.url}/tokenize", data=io.BytesIO(body)) as response:
+                await response.read()
+                assert response.status == status
+        running.signal()
+        assert await asyncio.to_thread(running.wait) == 0
 
 
 def test_sockets_of_another_process_are_left_alone() -> None:

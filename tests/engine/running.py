@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from pipeserve.core.batch import PipelineFacts
 from pipeserve.core.constraint import ConstraintFactory
 from pipeserve.engine.client import EngineClient
 from pipeserve.engine.engine import Engine, Inbox
-from pipeserve.engine.messages import EngineMessage
+from pipeserve.engine.messages import EngineMessage, SequenceTimes
 from tests.fakes import FakePipeline, facts
 
 
@@ -31,6 +31,7 @@ async def running_engine(
     max_queued_requests: int = 1000,
     max_queued_tokens: int | None = None,
     constraints: ConstraintFactory | None = None,
+    take_times: Callable[[SequenceTimes], None] | None = None,
     **pipeline_options: Any,
 ) -> AsyncIterator[RunningEngine]:
     """Engine, client and fake pipeline; ended when the context is left."""
@@ -42,6 +43,7 @@ async def running_engine(
         post=inbox.put,
         max_queued_requests=max_queued_requests,
         max_queued_tokens=max_queued_tokens,
+        take_times=take_times,
     )
 
     def to_loop(message: EngineMessage) -> None:

@@ -41,13 +41,17 @@ from pipeserve.engine.messages import (
     LoadFailed,
     ReplicasChanged,
     SequencesFailed,
+    SequenceTimes,
+    SetLogLevel,
     Shutdown,
+    StageWork,
     StatsReply,
     Submit,
     Surveyed,
     SurveyLayouts,
     TokenEvents,
     TokenLogprobs,
+    TraceMark,
 )
 from pipeserve.engine.stats import EngineStats
 from pipeserve.errors import UnsupportedModelError
@@ -74,7 +78,13 @@ EXAMPLES: tuple[Any, ...] = (
     Finish(seq_id=1),
     Abort(seq_id=1),
     GetStats(reply_id=4),
+    SetLogLevel(level="debug"),
     Shutdown(),
+    SequenceTimes(
+        mark=TraceMark(parent="00-1-2-01", choice=0, submitted_s=0.5),
+        ended_s=9.0,
+        prefill=(StageWork(start_s=1.0, end_s=2.0, busy_s=0.5, num_steps=1),),
+    ),
     TokenEvents(
         seq_ids=(1, 2),
         token_ids=(5, 6),
@@ -174,7 +184,7 @@ def test_every_message_has_an_example() -> None:
         for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
     }
     nested = {AdmissionParams, SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
-    nested |= {Grammar, StepMasks}
+    nested |= {Grammar, StageWork, StepMasks, TraceMark}
     assert {type(message) for message in EXAMPLES} == defined - nested
     unions = (messages.FrontMessage, messages.RouterMessage, messages.StartMessage)
     assert {kind for union in unions for kind in get_args(union)} <= defined

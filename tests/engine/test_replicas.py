@@ -26,10 +26,13 @@ from pipeserve.engine.messages import (
     ReplicasChanged,
     RouterMessage,
     SequencesFailed,
+    SequenceTimes,
+    SetLogLevel,
     Shutdown,
     StatsReply,
     Submit,
     TokenEvents,
+    TraceMark,
 )
 from pipeserve.engine.prefix_memory import PrefixMemory
 from pipeserve.engine.replicas import Member, ReplicaRouter, merge_facts
@@ -58,6 +61,7 @@ class FakeReplica:
     num_generated: int = 0
     is_dead: bool = False
     is_shut_down: bool = False
+    log_level: str | None = None
 
     def post(self, message: FrontMessage) -> None:
         assert not self.is_dead, "nothing is sent to the dead"
@@ -71,6 +75,8 @@ class FakeReplica:
                 self.ended_late.append(seq_id)
             case GetStats(reply_id=reply_id):
                 self.asked.append(reply_id)
+            case SetLogLevel(level=level):
+                self.log_level = level
             case Shutdown():
                 self.is_shut_down = True
 
@@ -456,3 +462,31 @@ def test_a_grammar_that_fails_frees_its_place_on_the_replica() -> None:
     assert front.delivered[-1] == failed
     assert front.router.num_waiting == 0
     assert front.placed[-1] == (2, index)
+
+
+def test_a_new_log_level_reaches_replicas_that_come_back() -> None:
+    front = Front(1, 1)
+    front.kill(1)
+    front.router.post(SetLogLevel(level="debug"))
+    assert front.replicas[0].log_level == "debug"
+    assert front.revive(1).log_level == "debug"
+
+
+def test_times_of_marked_sequences_are_told_also_where_no_replica_had_them() -> None:
+    front = Front(1, 1)
+    marks = [TraceMark(parent="00-1-2-01", choice=choice, submitted_s=0.0) for choice in range(2)]
+    for seq_id in range(3):
+        front.submit(seq_id)
+    submit = Submit(
+        seq_id=3,
+        prompt_token_ids=(1,),
+        sampling=SamplingParams(max_tokens=4, seed=0),
+        mark=marks[0],
+    )
+    front.router.post(submit)
+    assert front.router.num_waiting == 2
+    front.router.post(Abort(seq_id=3))
+    (times,) = front.of_kind(SequenceTimes)
+    assert (times.mark, times.prefill, times.decode) == (marks[0], (), ())
+    front.router.take(1, SequenceTimes(mark=marks[1], ended_s=1.0))
+    assert front.of_kind(SequenceTimes)[1] == SequenceTimes(mark=marks[1], ended_s=1.0, replica=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import assert_never
 
@@ -17,7 +19,10 @@ from pipeserve.engine.messages import (
     FinishReason,
     FrontMessage,
     GetStats,
+    SequenceTimes,
+    SetLogLevel,
     Shutdown,
+    StageWork,
     StatsReply,
     Submit,
     TokenEvents,
@@ -97,6 +102,7 @@ class ScriptedEngine:
         self.submitted: list[Submit] = []
         self.finished: list[int] = []
         self.aborted: list[int] = []
+        self.take_times: Callable[[SequenceTimes], None] = lambda _: None
         self.client = EngineClient(
             facts=PipelineFacts(
                 num_stages=2,
@@ -110,6 +116,7 @@ class ScriptedEngine:
             ),
             post=self._post,
             max_queued_requests=max_queued,
+            take_times=lambda times: self.take_times(times),
         )
         self._changed = asyncio.Event()
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -142,12 +149,15 @@ class ScriptedEngine:
                 self._running.pop(seq_id).cancel()
             case Abort(seq_id=seq_id):
                 self.aborted.append(seq_id)
+                self._tell_times(seq_id)
                 self._running.pop(seq_id).cancel()
             case GetStats(reply_id=reply_id):
                 if self.answers_stats:
                     self.client.deliver(
                         StatsReply(reply_id=reply_id, stats=self.stats or self._stats())
                     )
+            case SetLogLevel(level=level):
+                self.log_level = level
             case Shutdown():
                 self._stop_all()
             case _:
@@ -194,8 +204,27 @@ class ScriptedEngine:
                 del self._running[submit.seq_id]
             self._deliver(submit.seq_id, sent, reason, sampling.num_logprobs)
             if reason is not None:
+                self._tell_times(submit.seq_id)
                 return
         await asyncio.get_running_loop().create_future()
+
+    def _tell_times(self, seq_id: int) -> None:
+        """Two stages that work for a tenth of the time each, in turn."""
+        mark = next(each.mark for each in self.submitted if each.seq_id == seq_id)
+        if mark is None:
+            return
+        now_s = time.monotonic()
+        tenth_s = (now_s - mark.submitted_s) / 10
+        times = [mark.submitted_s + tenth_s * part for part in range(1, 6)]
+        works = [
+            StageWork(start_s=start_s, end_s=end_s, busy_s=tenth_s, num_steps=1)
+            for start_s, end_s in itertools.pairwise(times)
+        ]
+        self.client.deliver(
+            SequenceTimes(
+                mark=mark, ended_s=now_s, prefill=tuple(works[:2]), decode=tuple(works[2:])
+            )
+        )
 
     def _deliver_prompt_logprobs(self, submit: Submit) -> None:
         """In two parts, as of a prompt that is computed in chunks."""

@@ -9,8 +9,10 @@ import json
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -18,16 +20,21 @@ from structlog.testing import capture_logs
 from pipeserve.config import Config
 from pipeserve.errors import ConfigError
 from pipeserve.server.api_keys import ApiKeys
+from pipeserve.server.chat_messages import MAX_MESSAGES
 from pipeserve.server.connection import Connection
 from pipeserve.server.incoming import MAX_JSON_VALUES, PROGRESS_BYTES
 from pipeserve.server.text_pool import MAX_LOST, TextPool
+from pipeserve.server.tools import MAX_TOOLS
 from pipeserve.text.chat_template import ChatTemplate
+from pipeserve.text.long_texts import PART_LENGTH, byte_level_cutter
+from pipeserve.text.tokenizer import Tokenizer
 from tests.server.conftest import Server, running_server
 from tests.server.fakes import text_answer
 
 BODY = b'{"model": "tiny", "prompt": "hi"}'
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(BODY)
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 # An endless program in few characters: every level multiplies the rounds by 10,000.
 ENDLESS = "{% for a in range(10000) %}" * 8 + "{% endfor %}" * 8
@@ -161,6 +168,31 @@ async def test_a_json_bomb_is_refused() -> None:
             assert "commas and brackets" in await response.text()
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value", "most"),
+    [
+        ("/v1/chat/completions", "messages", CHAT["messages"] * (MAX_MESSAGES + 1), MAX_MESSAGES),
+        ("/tokenize", "messages", CHAT["messages"] * (MAX_MESSAGES + 1), MAX_MESSAGES),
+        ("/apply-template", "tools", [TOOL] * (MAX_TOOLS + 1), MAX_TOOLS),
+        (
+            "/apply-template",
+            "messages",
+            [{"role": "user", "content": [{"type": "text", "text": ""}] * (MAX_MESSAGES + 1)}],
+            MAX_MESSAGES,
+        ),
+    ],
+    ids=["chat", "tokenize", "tools", "parts"],
+)
+async def test_lists_of_objects_are_bounded(
+    path: str, field: str, value: object, most: int
+) -> None:
+    async with running_server() as server:
+        server.state.ready(server.services)
+        status, answer = await server.post(path, {**CHAT, field: value})
+        assert status == 400
+        assert f"a list of at most {most}" in str(answer)
+
+
 async def test_what_is_no_http_gets_json(server: Server) -> None:
     reader, writer = await asyncio.open_connection(server.host, server.port)
     writer.write(b"hello there\r\n\r\n")
@@ -280,17 +312,72 @@ async def test_a_client_that_leaves_takes_its_text_work_along() -> None:
 async def test_text_work_that_nothing_can_end_shows_in_health() -> None:
     release = threading.Event()  # stands for a call that never comes back to Python
     async with running_server() as server:
-        server.state.ready(server.services)
-        pool = server.services.text_pool
+        pool = TextPool(2, stuck_after_s=0.1)
+        server.state.ready(replace(server.services, text_pool=pool))
         for _ in range(MAX_LOST + 2):
             with pytest.raises(TimeoutError):
                 await pool.run(0.02, release.wait)
-        assert await _health(server) == (503, "failed")
+        async with asyncio.timeout(10):
+            while await _health(server) != (503, "failed"):
+                await asyncio.sleep(0.02)
         release.set()
         async with asyncio.timeout(10):
             while await _health(server) != (200, "ready"):
                 await asyncio.sleep(0.02)
         assert await pool.run(10, sum, (1, 2)) == 3
+        pool.close()
+
+
+async def test_jobs_wait_for_threads_that_take_long_to_end() -> None:
+    """Without anybody else asking meanwhile, and with health as it was."""
+    release = threading.Event()
+    pool = TextPool(2)
+    for _ in range(MAX_LOST + 2):
+        with pytest.raises(TimeoutError):
+            await pool.run(0.02, release.wait)
+    job = asyncio.create_task(pool.run(20, int, "7"))
+    await asyncio.sleep(0.05)
+    assert not job.done()
+    assert not pool.is_stuck
+    release.set()
+    assert await job == 7
+    pool.close()
+
+
+async def test_abandoned_tokenising_ends_between_parts_and_disturbs_nobody() -> None:
+    """More calls than threads may be lost, each of a text that would take for ever."""
+    started = threading.Semaphore(0)
+    part_over = threading.Event()
+    lengths: list[int] = []
+
+    class SlowBackend:
+        def encode_batch_fast(self, texts: list[str], **options: object) -> list[SimpleNamespace]:
+            lengths.append(len(texts[0]))
+            started.release()
+            part_over.wait(0.2)  # nothing ends a call before it returns
+            return [SimpleNamespace(ids=[0])]
+
+    tokenizer = Tokenizer.__new__(Tokenizer)  # only what cuts and encodes
+    tokenizer._cutter = byte_level_cutter(())
+    tokenizer._backend = SlowBackend()  # type: ignore[assignment]
+    endless = "words and " * 700_000
+    async with running_server() as server:
+        server.state.ready(server.services)
+        pool = server.services.text_pool
+        before = threading.active_count()
+        for _ in range(2 * MAX_LOST):
+            encode = partial(tokenizer.encode, endless, add_special_tokens=False)
+            call = asyncio.create_task(pool.run(60, encode))
+            await asyncio.to_thread(started.acquire)
+            call.cancel()
+            assert await _health(server) == (200, "ready")
+        assert (await server.post("/v1/chat/completions", CHAT))[0] == 200
+        part_over.set()
+        async with asyncio.timeout(10):
+            while threading.active_count() > before + 4:  # text and the test's own
+                await asyncio.sleep(0.02)
+        assert len(lengths) == 2 * MAX_LOST  # each ended after its first part
+        assert max(lengths) < 2 * PART_LENGTH
 
 
 async def test_a_pool_hands_on_results_and_errors_and_survives_late_ones() -> None:
