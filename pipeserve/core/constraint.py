@@ -25,13 +25,23 @@ class Grammar:
     """As pipeserve.text.grammar writes it, where it was found to compile."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeRun:
+    """Any tokens may come, until one of them makes a difference."""
+
+    watched: frozenset[int]
+    """The first of these ends the run: what may follow it has to be found out."""
+    max_tokens: int | None = None
+    """So many end it as well; at least 1, None: any number."""
+
+
 class TokenConstraint(Protocol):
     """One answer's way through a grammar. Used by one thread at a time, but not always the same."""
 
-    def allowed(self) -> WordArray:
+    def allowed(self) -> WordArray | FreeRun:
         """The tokens that may come next, as [W] words: bit i % 32 of word i // 32 is token i.
 
-        At least one is allowed.
+        At least one is allowed. Or a run of tokens of which each may be any.
 
         Raises:
             GrammarError: nothing may follow, or finding out takes more than the limits allow.
@@ -39,7 +49,7 @@ class TokenConstraint(Protocol):
         ...
 
     def accept(self, token_id: int) -> None:
-        """This token came.
+        """This token came; those of a free run are told once it has ended.
 
         Raises:
             GrammarError: it was not allowed, or reading it takes more than the limits allow.
