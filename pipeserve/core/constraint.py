@@ -18,11 +18,44 @@ WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """Where in an answer calls of tools are told from other text, which may be anything."""
+
+    beginnings: tuple[str, ...]
+    """What they begin with, whitespace left out."""
+    is_anywhere: bool
+    """Whether they may follow other text; else they are the whole answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thoughts:
+    """What a model may write before its answer, between these words."""
+
+    opening: str
+    closing: str
+    is_open: bool
+    """Whether the prompt ends with the opening."""
+    in_grammar: bool
+    """Whether the answer's definition is of the thoughts as well."""
+    max_tokens: int | None
+    """So many, then the closing comes; it and the opening are not counted. None: any number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
-    """What a whole answer must match: plain text, since a compiled one stays in its process."""
+    """What an answer must match: plain values, since what is compiled stays in its process."""
 
     definition: str
-    """As pipeserve.text.grammar writes it, where it was found to compile."""
+    """As pipeserve.text.grammar writes it, where it was found to compile; empty: anything."""
+    calls: Calls | None = None
+    """The definition is of the calls alone; None: of the whole answer."""
+    thoughts: Thoughts | None = None
+    """What may come before it; None: nothing that is told apart."""
+
+    @property
+    def is_of_whole_answer(self) -> bool:
+        """Whether it says where the answer ends."""
+        return bool(self.definition) and not (self.calls is not None and self.calls.is_anywhere)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,11 +178,11 @@ class Sequence:
         if run is None:
             self.mask_W = None
             return (self.token_ids[-1],)
-        free_ids = self.token_ids[self.free_from :]
-        if free_ids[-1] not in run.watched and len(free_ids) != run.max_tokens:
+        num_free = len(self.token_ids) - self.free_from
+        if self.token_ids[-1] not in run.watched and num_free != run.max_tokens:
             return ()
         self.free_run = None
-        return tuple(free_ids)
+        return tuple(self.token_ids[self.free_from :])
 
     def rewind(self) -> None:
         """Forget what is in flight; row and blocks stay. The newest token is computed once more,
