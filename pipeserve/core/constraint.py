@@ -54,8 +54,8 @@ class Grammar:
 
     @property
     def is_of_whole_answer(self) -> bool:
-        """Whether it says where the answer ends."""
-        return bool(self.definition) and not (self.calls is not None and self.calls.is_anywhere)
+        """Whether it says where every answer ends."""
+        return bool(self.definition) and self.calls is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

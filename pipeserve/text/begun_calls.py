@@ -91,9 +91,7 @@ class CallsAnywhere:
 class CallsAtStart:
     """A call that is the whole answer, if the answer begins like one; else any text."""
 
-    def __init__(
-        self, answer: MaskedAnswer, beginnings: Sequence[str], words: WordTokens
-    ) -> None:
+    def __init__(self, answer: MaskedAnswer, beginnings: Sequence[str], words: WordTokens) -> None:
         """answer: what calls must match, or a text that does not begin like one.
         beginnings: what calls begin with, whitespace left out."""
         self._answer = answer

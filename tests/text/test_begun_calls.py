@@ -171,7 +171,9 @@ BEGINNINGS = [
 ]
 
 
-@pytest.mark.parametrize(("form", "begins", "parse"), BEGINNINGS, ids=lambda each: getattr(each, "name", each))
+@pytest.mark.parametrize(
+    ("form", "begins", "parse"), BEGINNINGS, ids=lambda each: getattr(each, "name", each)
+)
 @pytest.mark.parametrize("vocabulary", ["bytewise", "demo"])
 def test_a_call_that_is_begun_is_valid(
     form: ToolCallFormat,
