@@ -26,8 +26,8 @@ def render_chat(request: ChatPrompt, services: Services) -> str:
     if not features.tool_calls:
         messages = with_calls_as_text(messages)
     if tools and not features.tools:
-        told_to = "system" if template.takes_system_messages else "user"
-        messages = with_tools_told(messages, tools, told_to=told_to)
+        has_system = template.takes_system_messages
+        messages = with_tools_told(messages, tools, told_to="system" if has_system else "user")
     generation_prompt = request.add_generation_prompt
     return template.render(
         messages,
