@@ -270,8 +270,14 @@ async def test_no_budget_is_no_thoughts(server: Server) -> None:
         assert (grammar is None) == (budget == -1)
 
 
+async def test_of_several_budgets_the_smallest_holds() -> None:
+    async with speaking(THOUGHTS) as server:
+        extra = {"thinking_budget": 30, "reasoning_budget": 4, "thinking_token_budget": -1}
+        message = (await ask(server, extra_body={**extra, **THINKING})).message
+        assert message.reasoning_content == THOUGHTS[:4].rstrip()
+
+
 REFUSED = (
-    ({"thinking_budget": 3, "reasoning_budget": 4}, "reasoning_budget", "leave one of them out"),
     ({"thinking_budget": -2}, "thinking_budget", "at least -1"),
     ({"thinking_token_budget": "many"}, "thinking_token_budget", "an integer"),
 )
