@@ -25,6 +25,8 @@ class Calls:
     """What they begin with, whitespace left out."""
     is_anywhere: bool
     """Whether they may follow other text; else they are the whole answer."""
+    text_follows: bool
+    """Whether other text may follow them; else nothing but calls does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

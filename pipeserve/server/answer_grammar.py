@@ -56,7 +56,7 @@ def chat_grammar(
         return _behind_thoughts(answer, request, form, control, services)
     if form.tool_calls is not None:
         answer = begun_call_grammar(request, form, control, services)
-        if not form.tool_calls.starts_anywhere:
+        if answer.calls is not None and not answer.calls.text_follows:
             _check_min_tokens(request, "tools")
     thoughts = _thoughts(request, form, services, in_grammar=False)
     if answer is not None and form.reasoning is not None:

@@ -5,6 +5,7 @@ Pure functions. Know how models write, no HTTP.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -74,23 +75,33 @@ def begun_calls(
     else:
         beginnings = _beginnings(form)
         lines = _at_start(form, control)
-    definition = _of_lines([*lines, _call(form, tools)], tools).definition
     return Grammar(
-        definition=definition, calls=Calls(beginnings=beginnings, is_anywhere=form.starts_anywhere)
+        definition=_of_lines([*lines, _call(form, tools)], tools).definition,
+        calls=Calls(
+            beginnings=beginnings,
+            is_anywhere=form.starts_anywhere,
+            text_follows=form.closing is not None,
+        ),
     )
 
 
 def _behind_opening(
     form: ToolCallFormat, opening: str, tools: Sequence[CallableTool], control: ControlTokens
 ) -> list[str]:
-    """Text without the opening, or with it at its end and a call or a list of calls behind it."""
+    """Text without the opening, or with it at its end and a call or a list of calls behind it.
+
+    Where no word closes a call, text behind it could be taken for another: none follows.
+    """
     has_bare = form.has_bare_names and "[ARGS]" in control
-    called = "(call | several | bare)" if has_bare else "(call | several)"
-    end = "" if form.closing is None else f" GAP? {_word(form.closing, control)}"
+    if form.closing is None:
+        end = f" (GAP? {_word(opening, control)} GAP? called_behind)*"
+    else:
+        end = f" GAP? {_word(form.closing, control)}"
     return [
-        f"start: TEXT | opening GAP? {called}{end}",
+        f"start: TEXT | opening GAP? called_behind{end}",
         f"TEXT: {_without(opening)}",
         _up_to("opening", opening, control),
+        f"called_behind: call | several{' | bare' if has_bare else ''}",
         'several: "[" GAP? call (SEPARATOR call)* END',
         f"GAP: /{_GAP.replace('{0', '{1')}/",
         *_LIST,
@@ -99,28 +110,42 @@ def _behind_opening(
 
 
 def _at_start(form: ToolCallFormat, control: ControlTokens) -> list[str]:
-    """A call or a list of calls, or text that begins like neither."""
+    """A call or a list of calls, or text that begins like neither.
+
+    A call is {"name": ...}, also behind "type", and also as what "function" is.
+    """
     spaces, prefix = r"[ \t\r\n]*", ""
-    lines = ["start: TEXT | ONE called | MANY called (SEPARATOR call)* END"]
+    calls = "one | many (SEPARATOR call)* END"
+    lines = [f"start: TEXT | {calls}"]
     if form.opening is not None:
         prefix = f"({_escaped(form.opening)}{spaces})?"
         if form.opening in control:
-            tag = _word(form.opening, control)
-            lines = [f"{lines[0]} | {tag} (ONE called | MANY called (SEPARATOR call)* END)"]
-    name = rf'\{{{spaces}"name"{spaces}:'
+            lines = [f"{lines[0]} | {_word(form.opening, control)} ({calls})"]
+    begins = rf'\{{{spaces}("type"{spaces}:{spaces}"function"{spaces},{spaces})?'
+    inner = rf'"function"{spaces}:{spaces}\{{{spaces}'
+    name = f'"name"{spaces}:'
     return [
         *lines,
-        f"TEXT: /(?s:.*)/ & ~/(?s:{spaces}{prefix}(\\[{spaces})?{name}.*)/",
-        f"ONE: /{spaces}{prefix}{name}{_GAP}/",
-        f"MANY: /{spaces}{prefix}\\[{spaces}{name}{_GAP}/",
+        f"TEXT: /(?s:.*)/ & ~/(?s:{spaces}{prefix}(\\[{spaces})?{begins}({inner})?{name}.*)/",
+        "one: ONE called | ONE_INNER called TAIL",
+        "many: MANY called | MANY_INNER called TAIL",
+        f"ONE: /{spaces}{prefix}{begins}{name}{_GAP}/",
+        f"ONE_INNER: /{spaces}{prefix}{begins}{inner}{name}{_GAP}/",
+        f"MANY: /{spaces}{prefix}\\[{spaces}{begins}{name}{_GAP}/",
+        f"MANY_INNER: /{spaces}{prefix}\\[{spaces}{begins}{inner}{name}{_GAP}/",
         *_LIST,
     ]
 
 
 def _beginnings(form: ToolCallFormat) -> tuple[str, ...]:
     """Of calls that are the whole answer."""
-    bare = ('{"name":', '[{"name":')
-    return bare if form.opening is None else (*bare, *(f"{form.opening}{each}" for each in bare))
+    openings = ("",) if form.opening is None else ("", form.opening)
+    return tuple(
+        "".join(parts)
+        for parts in itertools.product(
+            openings, ("{", "[{"), ("", '"type":"function",'), ("", '"function":{'), ('"name":',)
+        )
+    )
 
 
 def _bare_calls(tools: Sequence[CallableTool], control: ControlTokens) -> str:

@@ -31,16 +31,23 @@ class MaskedAnswer(Protocol):
 
 
 class CallsAnywhere:
-    """Text, and calls behind an opening word, as many and wherever the model likes.
+    """Text, and calls behind an opening word.
 
     Nothing is found out for the tokens of the text, but for those that may hold a beginning of
     the word.
     """
 
     def __init__(
-        self, new_call: Callable[[], MaskedAnswer], opening: str, words: WordTokens
+        self,
+        new_call: Callable[[], MaskedAnswer],
+        opening: str,
+        words: WordTokens,
+        *,
+        text_follows: bool,
     ) -> None:
-        """new_call: what the opening and a call must match, or a text without the opening."""
+        """new_call: what the opening and a call must match, or a text without the opening.
+        text_follows: whether a complete call may be followed by text, else it says by what."""
+        self._text_follows = text_follows
         self._new_call = new_call
         self._opening = opening.encode()
         self._words = words
@@ -65,7 +72,8 @@ class CallsAnywhere:
     def accept(self, token_id: int) -> None:
         if self._call is not None:
             self._call.accept(token_id)
-            if self._call.is_end(token_id) or (self._has_begun and self._call.is_complete):
+            is_over = self._text_follows and self._has_begun and self._call.is_complete
+            if is_over or self._call.is_end(token_id):
                 self._call, self._held, self._tail, self._has_begun = None, [], b"", False
                 return
         if not self._has_begun:

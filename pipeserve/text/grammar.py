@@ -136,7 +136,12 @@ class GrammarCompiler:
             return first
         words = self._vocabulary().words
         if calls.is_anywhere:
-            return CallsAnywhere(lambda: self._masked(definition), calls.beginnings[0], words)
+            return CallsAnywhere(
+                lambda: self._masked(definition),
+                calls.beginnings[0],
+                words,
+                text_follows=calls.text_follows,
+            )
         return CallsAtStart(first, calls.beginnings, words)
 
     def _masked(self, definition: str) -> GrammarConstraint:
