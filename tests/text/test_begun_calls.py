@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from pipeserve.core.constraint import FreeRun, Grammar, Thoughts, TokenConstraint
 from pipeserve.gguf.reader import GGUFFile
@@ -352,3 +354,39 @@ def test_calls_are_told_from_thoughts(
             assert_valid(found)
             num_complete += bool(found)
         assert num_complete >= 4
+
+
+WISHES = [
+    *('{"', "{", "[", "]", "}", '"', ":", ",", " ", "\n", ";", "1", "a", "<", "time_there"),
+    *('"name"', '"function"', '"type"', '"arguments"', '"parameters"', '"time"', '"time_there"'),
+    *('{"city": "Rome"}', '{"city": 1}', '{"name": "time_there", "arguments": '),
+    *('{"name": "time", "arguments": {}}', '{"name": "time", "parameters": {}}'),
+    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"),
+]
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    form=st.sampled_from([HERMES, MISTRAL, LLAMA3, JSON]),
+    wishes=st.lists(st.sampled_from(WISHES), max_size=25),
+    knows_control=st.booleans(),
+)
+def test_whatever_is_read_as_a_call_is_valid(
+    bytewise: Model, form: ToolCallFormat, wishes: list[str], knows_control: bool
+) -> None:
+    """Of a model that gets its way wherever the grammar lets it."""
+    encode = bytewise.tokenizer.encode
+    constraint = bytewise.compiler.build(
+        begun_calls(form, TOOLS, control=control_of(bytewise) if knows_control else {})
+    )
+    pieces, answer, untold = bytewise.tokenizer.pieces(skip_special=False), b"", list[int]()
+    allowed = constraint.allowed()
+    for wish in wishes:
+        for token_id in encode(wish, add_special_tokens=False, parse_special=knows_control):
+            if not isinstance(allowed, FreeRun) and token_id not in allowed_ids(allowed):
+                break
+            answer += pieces[token_id]
+            untold.append(token_id)
+            if ends_run(allowed, untold):
+                allowed = tell(constraint, untold)
+    assert_valid(calls_in(form, answer.decode())[1])
