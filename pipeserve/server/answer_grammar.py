@@ -93,6 +93,7 @@ def _behind_thoughts(
         return answer
     is_open = form.is_reasoning_open
     grammar = after_thoughts(answer, form.reasoning, is_open=is_open, control=control)
+    _checked(grammar, request.form_field or "tool_choice", request, services)
     if request.most_thoughts is None:
         return grammar
     return replace(grammar, thoughts=_thoughts(request, form, services, in_grammar=True))

@@ -192,9 +192,8 @@ def _plan(
         vocab_size=services.tokenizer.vocab_size,
         eos_token_ids=own_ends | further_ends,
     )
-    if (
-        grammar is not None and grammar.is_of_whole_answer
-    ):  # nothing else may follow, also where ends should be ignored
+    if grammar is not None and grammar.is_of_whole_answer:
+        # Nothing else may follow, also where ends should be ignored.
         stops = tuple(sorted({*sampling.stop_token_ids, *own_ends}))
         sampling = replace(sampling, stop_token_ids=stops)
     sequences = [

@@ -324,3 +324,19 @@ async def test_a_template_without_system_messages_tells_the_user_of_tools(server
         assert "\n\nhi" in prompt
         assert prompt.count("<user>") == (1 if len(history) == 1 else 2)
     assert prompt.endswith("<user>Result of time: noonassistant:")
+
+
+@pytest.mark.parametrize(
+    ("mark", "status"), [("<tool_call>", 200), ("[TOOL_CALLS]", 400), ("<|python_tag|>", 400)]
+)
+async def test_an_answer_that_ends_with_its_calls_has_no_least_length(
+    server: Server, mark: str, status: int
+) -> None:
+    source = f"{TEMPLATE}{{# {mark} #}}{{% if tools %}}{{% endif %}}"
+    template = ChatTemplate(source, bos_token="<|begin|>", eos_token="<|end|>")
+    server.state.ready(replace(server.services, chat_template=template))
+    body = {"model": "tiny", "messages": [USER], "tools": TOOLS, "min_tokens": 3, "max_tokens": 5}
+    found, answer = await server.post("/v1/chat/completions", body)
+    assert found == status
+    error: Any = answer.get("error") or {}
+    assert error.get("param") == (None if status == 200 else "min_tokens")
