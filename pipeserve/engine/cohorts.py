@@ -87,14 +87,14 @@ class Cohorts:
     def _should_wait(ready: list[Sequence], cohort: Cohort) -> bool:
         """Constrained sequences whose masks came late wait for the others of their cohort, whose
         tokens are on their way: a step of their own would hold those up."""
-        return all(sequence.is_constrained for sequence in ready) and any(
-            sequence.wants_token and not sequence.is_constrained for sequence in cohort.sequences
+        return all(sequence.is_masked for sequence in ready) and any(
+            sequence.wants_token and not sequence.is_masked for sequence in cohort.sequences
         )
 
     def _can_step(self, sequence: Sequence, step_id: int, num_lanes: int) -> bool:
-        if not sequence.wants_token or sequence.awaits_mask:
+        if not sequence.may_run_on:
             return False
-        if sequence.num_in_flight == 0 or sequence.is_constrained:
+        if sequence.num_in_flight == 0 or sequence.is_masked:
             return sequence.num_in_flight == 0
         # The first stage waits for the token that is on its way. That costs nothing if the other
         # cohorts' steps lie between; sooner, the stage would idle with their work behind it.

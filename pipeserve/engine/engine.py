@@ -177,15 +177,15 @@ class Engine:
                 self._forget(seq_id)
         tokens = self._scheduler.take_constrained_tokens()
         if tokens and self._masks is not None:
-            self._masks.advance([(sequence.seq_id, token_id) for sequence, token_id in tokens])
+            self._masks.advance([(sequence.seq_id, token_ids) for sequence, token_ids in tokens])
         if events.seq_ids:
             self._post(events)
 
     def _take_masks(self, ready: MasksReady) -> None:
-        for seq_id, mask_W in ready.masks:
+        for seq_id, allowed in ready.masks:
             sequence = self._sequences.get(seq_id)
             if sequence is not None:
-                self._scheduler.allow(sequence, mask_W)
+                self._scheduler.allow(sequence, allowed)
         for seq_id, error in ready.failures:
             if seq_id in self._sequences:
                 self._end(seq_id, SequenceStatus.ABORTED)

@@ -13,7 +13,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pipeserve.core.constraint import ConstraintFactory, Grammar, TokenConstraint, WordArray
+from pipeserve.core.constraint import (
+    ConstraintFactory,
+    FreeRun,
+    Grammar,
+    TokenConstraint,
+    WordArray,
+)
 from pipeserve.errors import GrammarError
 
 SLOW_S = 0.005
@@ -27,8 +33,8 @@ NUM_SLOW_THREADS = 2
 class MasksReady:
     """Workers to engine: what the next tokens of some sequences may be."""
 
-    masks: tuple[tuple[int, WordArray], ...]
-    """(sequence, words of its mask)."""
+    masks: tuple[tuple[int, WordArray | FreeRun], ...]
+    """(sequence, words of its mask, or that it needs none for a while)."""
     failures: tuple[tuple[int, str], ...]
     """(sequence, why its grammar cannot be followed)."""
 
@@ -51,7 +57,7 @@ class _Group:
 
     num_missing: int
     lock: threading.Lock = field(default_factory=threading.Lock)
-    masks: list[tuple[int, WordArray]] = field(default_factory=list)
+    masks: list[tuple[int, WordArray | FreeRun]] = field(default_factory=list)
     failures: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -69,18 +75,18 @@ class MaskWorkers:
     def begin(self, seq_id: int, grammar: Grammar) -> None:
         """Compile a sequence's grammar and find its first mask."""
         follower = self._followers[seq_id] = _Follower(seq_id, grammar)
-        self._slow.submit(self._follow, follower, None, _Group(1))
+        self._slow.submit(self._follow, follower, (), _Group(1))
 
-    def advance(self, tokens: Sequence[tuple[int, int]]) -> None:
-        """(sequence, token) pairs, each sequence once: find what comes after these tokens."""
-        known = [(self._followers[seq_id], token_id) for seq_id, token_id in tokens]
+    def advance(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """(sequence, its tokens since the last mask), each once: find what comes after them."""
+        known = [(self._followers[seq_id], token_ids) for seq_id, token_ids in tokens]
         num_quick = sum(not follower.is_slow for follower, _ in known)
         together = _Group(num_quick)
-        for follower, token_id in known:
+        for follower, token_ids in known:
             if follower.is_slow:
-                self._slow.submit(self._follow, follower, token_id, _Group(1))
+                self._slow.submit(self._follow, follower, token_ids, _Group(1))
             else:
-                self._quick.submit(self._follow, follower, token_id, together)
+                self._quick.submit(self._follow, follower, token_ids, together)
 
     def forget(self, seq_id: int) -> None:
         """The sequence has ended."""
@@ -93,12 +99,12 @@ class MaskWorkers:
         for pool in (self._quick, self._slow):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _follow(self, follower: _Follower, token_id: int | None, group: _Group) -> None:
+    def _follow(self, follower: _Follower, token_ids: Sequence[int], group: _Group) -> None:
         """On a worker's thread."""
         mask_W, failure = None, ""
         try:
             if not follower.is_forgotten:
-                mask_W = self._next_mask(follower, token_id)
+                mask_W = self._next_mask(follower, token_ids)
         except GrammarError as error:
             failure = str(error)
         except Exception as error:  # the thread's top: only this sequence ends by it
@@ -112,11 +118,11 @@ class MaskWorkers:
             if group.num_missing == 0 and (group.masks or group.failures):
                 self._post(MasksReady(masks=tuple(group.masks), failures=tuple(group.failures)))
 
-    def _next_mask(self, follower: _Follower, token_id: int | None) -> WordArray:
+    def _next_mask(self, follower: _Follower, token_ids: Sequence[int]) -> WordArray | FreeRun:
         if follower.constraint is None:
             follower.constraint = self._build(follower.grammar)
         started_s = time.perf_counter()
-        if token_id is not None:
+        for token_id in token_ids:
             follower.constraint.accept(token_id)
         mask_W = follower.constraint.allowed()
         follower.is_slow = time.perf_counter() - started_s > SLOW_S

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from pipeserve.core.batch import MicroBatch, PipelineFacts, StepOutput
-from pipeserve.core.constraint import WordArray
+from pipeserve.core.constraint import FreeRun, WordArray
 from pipeserve.engine.attention_cost import AttentionCost, StepWork
 from pipeserve.engine.block_pool import BlockPool
 from pipeserve.engine.cohorts import Cohorts
@@ -91,7 +91,7 @@ class Scheduler:
         self._next_step_id = 0
         self._parked: dict[Sequence, Callable[[Sequence], None]] = {}
         """Those that are in no line before their mask has come, and how they get into it."""
-        self._constrained_tokens: list[tuple[Sequence, int]] = []
+        self._constrained_tokens: list[tuple[Sequence, tuple[int, ...]]] = []
         self._num_decode_steps = 0  # since the last step with prompt chunks only
         self._num_prompt_steps = 0  # steps in which prompts had their turn
 
@@ -129,18 +129,17 @@ class Scheduler:
         else:
             enter_line(sequence)
 
-    def allow(self, sequence: Sequence, mask_W: WordArray) -> None:
-        """What a constrained sequence's next token may be."""
-        assert sequence.awaits_mask, "a mask holds for one token"
-        sequence.mask_W = mask_W
+    def allow(self, sequence: Sequence, allowed: WordArray | FreeRun) -> None:
+        """What a constrained sequence's next token, or tokens, may be."""
+        sequence.allow(allowed)
         enter_line = self._parked.pop(sequence, None)
         if enter_line is not None:
             enter_line(sequence)
 
-    def take_constrained_tokens(self) -> list[tuple[Sequence, int]]:
-        """Tokens of constrained sequences since the last call; their masks are wanted next."""
+    def take_constrained_tokens(self) -> list[tuple[Sequence, tuple[int, ...]]]:
+        """Constrained sequences whose masks are wanted next, and their tokens since the last."""
         taken, self._constrained_tokens = self._constrained_tokens, []
-        return [(sequence, token_id) for sequence, token_id in taken if not sequence.is_ended]
+        return [(sequence, token_ids) for sequence, token_ids in taken if not sequence.is_ended]
 
     def end(self, sequence: Sequence, status: SequenceStatus) -> None:
         """FINISHED or ABORTED: free all that the sequence holds; what is in flight is dropped."""
@@ -264,7 +263,7 @@ class Scheduler:
             ),
         )
         self._line.begin_step(self._prefilling)
-        going_on = dict(self._prefilling)
+        going_on = {each: None for each in self._prefilling if not each.awaits_mask}
         looked_at: set[Sequence] = set()
         may_start = True
         while budget >= 1.0:
@@ -284,7 +283,13 @@ class Scheduler:
     def _next_prompt(
         self, going_on: Collection[Sequence], waiting: Sequence | None
     ) -> Sequence | None:
-        """Which of the prompts that are being computed goes on, or whether `waiting` starts."""
+        """Which of the prompts that are being computed goes on, or whether `waiting` starts.
+
+        One that was rewound is first: it holds a row for the sake of a single token.
+        """
+        rewound = next((each for each in going_on if each.is_rewound), None)
+        if rewound is not None:
+            return rewound
         if waiting is not None and (not going_on or self._line.is_overdue(waiting)):
             return waiting
         if going_on and self._num_prompt_steps % TURN_BY_ARRIVAL == 0:
@@ -323,6 +328,9 @@ class Scheduler:
 
     def _add_chunk(self, sequence: Sequence, budget: float, draft: StepDraft) -> float:
         """Compute as much of its prompt as the budget allows; returns what is left of that."""
+        if sequence.is_rewound:
+            draft.add_restart(sequence)
+            sequence.is_rewound = False
         first = sequence.num_computed_tokens
         num_tokens = min(sequence.num_remaining_prefill, self._attention.num_tokens(first, budget))
         if sequence.sampling.num_prompt_logprobs is not None:
@@ -385,9 +393,8 @@ class Scheduler:
             self.num_prompt_tokens += sequence.num_prompt_tokens
         sequence.token_ids.append(token_id)
         sequence.num_in_flight -= 1
-        if sequence.is_constrained:
-            sequence.mask_W = None
-            self._constrained_tokens.append((sequence, token_id))
+        if sequence.is_constrained and (token_ids := sequence.take_constrained()):
+            self._constrained_tokens.append((sequence, token_ids))
         if (len(sequence.token_ids) - 1) % self.facts.block_size == 0:
             self.prefix_cache.name_computed(sequence)
         if token_id in sequence.sampling.stop_token_ids:
@@ -395,9 +402,18 @@ class Scheduler:
         elif sequence.num_output_tokens == sequence.sampling.max_tokens:
             reason = FinishReason.LENGTH
         else:
+            if sequence.awaits_mask and sequence.num_in_flight > 0:
+                self._rewind(sequence)
             return None
         self.end(sequence, SequenceStatus.FINISHED)
         return reason
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """A free run has ended while steps beyond it are in flight: they were sampled without the
+        mask that their tokens need, and are dropped."""
+        self._cohorts.leave(sequence)
+        sequence.rewind()
+        self._prefilling[sequence] = None
 
     def check_integrity(self) -> None:
         """Assert that rows and blocks are each held once; for tests and idle moments."""

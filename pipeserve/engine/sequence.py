@@ -9,7 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from pipeserve.core.admission import AdmissionParams
-from pipeserve.core.constraint import WordArray
+from pipeserve.core.constraint import FreeRun, WordArray
 from pipeserve.core.sampling import SamplingParams
 
 
@@ -57,6 +57,12 @@ class Sequence:
     """Whether a grammar says what may come next."""
     mask_W: WordArray | None = None
     """Of a constrained one: the tokens that may come next; None until that is known."""
+    free_run: FreeRun | None = None
+    """Of a constrained one: instead of a mask, that none is needed for a while."""
+    free_from: int = 0
+    """Of a free run: how many tokens were known when it began."""
+    is_rewound: bool = False
+    """Whether its newest token is to be computed again, in the row that it has."""
     token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     row: int | None = None
@@ -115,9 +121,23 @@ class Sequence:
         return self.num_output_tokens + self.num_in_flight < self.sampling.max_tokens
 
     @property
+    def is_masked(self) -> bool:
+        """Whether every token of it needs a mask, so that none can be looked ahead."""
+        return self.is_constrained and self.free_run is None
+
+    @property
     def awaits_mask(self) -> bool:
         """Whether its next token cannot be sampled before a mask has come."""
-        return self.is_constrained and self.mask_W is None
+        return self.is_masked and self.mask_W is None
+
+    @property
+    def may_run_on(self) -> bool:
+        """Whether nothing that is known or in flight holds up one more token."""
+        run = self.free_run
+        if run is None or run.max_tokens is None:
+            return self.wants_token and not self.awaits_mask
+        num_free = len(self.token_ids) + self.num_in_flight - self.free_from
+        return self.wants_token and num_free < run.max_tokens
 
     @property
     def is_ended(self) -> bool:
@@ -140,8 +160,39 @@ class Sequence:
         assert num_computed_tokens < len(self.token_ids), "the last known token is always computed"
         self.move_to(SequenceStatus.RUNNING)
         self.row = row
+        self.is_rewound = False
         self.num_computed_tokens = num_computed_tokens
         self.num_prefill_tokens = len(self.token_ids)
+
+    def allow(self, allowed: WordArray | FreeRun) -> None:
+        """What the next token of a constrained one may be."""
+        assert self.awaits_mask and self.num_in_flight == 0, "a mask holds for one token"
+        if isinstance(allowed, FreeRun):
+            self.free_run, self.free_from = allowed, len(self.token_ids)
+        else:
+            self.mask_W = allowed
+
+    def take_constrained(self) -> tuple[int, ...]:
+        """Its newest tokens, if what may follow them has to be found out now; else none."""
+        run = self.free_run
+        if run is None:
+            self.mask_W = None
+            return (self.token_ids[-1],)
+        num_free = len(self.token_ids) - self.free_from
+        if self.token_ids[-1] not in run.watched and num_free != run.max_tokens:
+            return ()
+        self.free_run = None
+        return tuple(self.token_ids[self.free_from :])
+
+    def rewind(self) -> None:
+        """Forget what is in flight; row and blocks stay. The newest token is computed once more,
+        so that the one after it is sampled anew."""
+        self.num_computed_tokens = len(self.token_ids) - 1
+        self.num_prefill_tokens = len(self.token_ids)
+        self.num_in_flight = 0
+        self.last_sample_step = None
+        self.is_rewound = True
+        self.generation += 1
 
     def release(self, status: SequenceStatus) -> None:
         """RUNNING or WAITING -> `status`: forget row, blocks and whatever is in flight.

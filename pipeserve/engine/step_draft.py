@@ -51,6 +51,13 @@ class StepDraft:
             )
         )
 
+    def add_restart(self, sequence: Sequence) -> None:
+        """A running sequence begins anew in its row, with the blocks that it has."""
+        assert sequence.row is not None, "a running sequence has a row"
+        self.add_start(sequence)
+        for column, block_id in enumerate(sequence.block_table):
+            self.new_blocks.append((sequence.row, column, block_id))
+
     def append_blocks(self, sequence: Sequence, block_ids: Iterable[int]) -> None:
         """A running sequence holds these blocks from now on."""
         assert sequence.row is not None, "a sequence that grows has a row"

@@ -5,13 +5,16 @@ Runs in the text executor.
 
 from __future__ import annotations
 
-from pipeserve.core.constraint import Grammar
+from dataclasses import replace
+
+from pipeserve.core.constraint import Grammar, Thoughts
 from pipeserve.errors import GrammarError, InvalidParameterError
 from pipeserve.server.chat_requests import ChatCompletionRequest
 from pipeserve.server.requests import GenerationRequest
 from pipeserve.server.state import Services
+from pipeserve.server.tool_grammar import begun_call_grammar, forced_call_grammar
 from pipeserve.text.answer import AnswerForm
-from pipeserve.text.answer_grammar import CallableTool, after_thoughts, forced_calls
+from pipeserve.text.answer_grammar import ControlTokens, after_thoughts
 from pipeserve.text.tool_calls import special_words
 
 
@@ -35,72 +38,101 @@ def form_grammar(request: GenerationRequest, services: Services) -> Grammar | No
 def chat_grammar(
     request: ChatCompletionRequest, form: AnswerForm, services: Services
 ) -> Grammar | None:
-    """As form_grammar, or calls where tool_choice demands them; thoughts come before either.
+    """As form_grammar; or calls, where tool_choice demands them or where the model begins them.
+
+    Thoughts come before any of these, and no more of them than the request allows.
 
     Raises:
         GrammarError: a schema cannot be kept to.
         InvalidParameterError: min_tokens contradicts it, or two fields contradict each other.
     """
+    _check_fields(request, form)
     control = _control_tokens(form, services)
+    answer = form_grammar(request, services)
     if request.forces_a_call:
-        grammar, field = _calls(request, form, control, services), "tool_choice"
-    else:
-        answer, field = form_grammar(request, services), request.form_field or ""
-        if answer is None:
-            return None
-        if form.tool_calls is not None:
-            raise InvalidParameterError(
-                f"{field} is given and so is tools, of which the answer could call none; leave "
-                'one of them out or send tool_choice "none"',
-                param=field,
-            )
-        grammar = answer
-    if form.reasoning is None:
-        return grammar
-    is_open = form.is_reasoning_open
-    grammar = after_thoughts(grammar, form.reasoning, is_open=is_open, control=control)
-    return _checked(grammar, field, request, services)
+        answer = forced_call_grammar(request, form, control, services)
+    if answer is not None:
+        _check_min_tokens(request, request.form_field or "tool_choice")
+        return _behind_thoughts(answer, request, form, control, services)
+    if form.tool_calls is not None:
+        answer = begun_call_grammar(request, form, control, services)
+        if answer.calls is not None and not answer.calls.text_follows:
+            _check_min_tokens(request, "tools")
+    thoughts = _thoughts(request, form, services, in_grammar=False)
+    if answer is not None and form.reasoning is not None:
+        return replace(answer, thoughts=thoughts)
+    if thoughts is None or thoughts.max_tokens is None:
+        return answer
+    return replace(answer or Grammar(definition=""), thoughts=thoughts)
 
 
-def _calls(
-    request: ChatCompletionRequest, form: AnswerForm, control: dict[str, int], services: Services
-) -> Grammar:
-    assert form.tool_calls is not None, "a choice of tools needs tools"
-    if request.form_field is not None:
+def _check_fields(request: ChatCompletionRequest, form: AnswerForm) -> None:
+    field = request.form_field
+    if field is None or form.tool_calls is None:
+        return
+    if request.forces_a_call:
         raise InvalidParameterError(
-            f"{request.form_field} is given and tool_choice demands a call; leave one of them out",
-            param=request.form_field,
+            f"{field} is given and tool_choice demands a call; leave one of them out", param=field
         )
-    tools = [
-        CallableTool(name=each.function.name, parameters=each.function.parameters or {})
-        for each in request.offered_tools
-    ]
-    is_single = request.names_the_call or form.max_calls == 1
-    for index, tool in enumerate(tools):  # each alone, to say whose schema it is
-        alone = forced_calls(form.tool_calls, [tool], is_single=True, control=control)
-        _checked(alone, f"tools[{index}].function.parameters", request, services)
-    return _checked(
-        forced_calls(form.tool_calls, tools, is_single=is_single, control=control),
-        "tool_choice",
-        request,
-        services,
+    raise InvalidParameterError(
+        f"{field} is given and so is tools, of which the answer could call none; leave "
+        'one of them out or send tool_choice "none"',
+        param=field,
+    )
+
+
+def _behind_thoughts(
+    answer: Grammar,
+    request: ChatCompletionRequest,
+    form: AnswerForm,
+    control: ControlTokens,
+    services: Services,
+) -> Grammar:
+    """The grammar of thoughts and answer, since an answer has to come."""
+    if form.reasoning is None:
+        return answer
+    is_open = form.is_reasoning_open
+    grammar = after_thoughts(answer, form.reasoning, is_open=is_open, control=control)
+    _checked(grammar, request.form_field or "tool_choice", request, services)
+    if request.most_thoughts is None:
+        return grammar
+    return replace(grammar, thoughts=_thoughts(request, form, services, in_grammar=True))
+
+
+def _thoughts(
+    request: ChatCompletionRequest, form: AnswerForm, services: Services, *, in_grammar: bool
+) -> Thoughts | None:
+    """None: the model is not known to think."""
+    tags = services.chat_template.features.reasoning
+    if tags is None:
+        return None
+    return Thoughts(
+        opening=tags.opening,
+        closing=tags.closing,
+        is_open=form.is_reasoning_open,
+        in_grammar=in_grammar,
+        max_tokens=request.most_thoughts,
     )
 
 
 def _checked(
     grammar: Grammar, field: str, request: GenerationRequest, services: Services
 ) -> Grammar:
+    _check_min_tokens(request, field)
+    try:
+        services.grammars.check(grammar)
+    except GrammarError as error:
+        raise _refusal(field, error) from None
+    return grammar
+
+
+def _check_min_tokens(request: GenerationRequest, field: str) -> None:
     if request.min_tokens:
         raise InvalidParameterError(
             f"min_tokens is {request.min_tokens} but {field} says where answers end; leave one of "
             "them out",
             param="min_tokens",
         )
-    try:
-        services.grammars.check(grammar)
-    except GrammarError as error:
-        raise _refusal(field, error) from None
-    return grammar
 
 
 def _refusal(field: str, error: GrammarError) -> GrammarError:

@@ -26,7 +26,8 @@ def render_chat(request: ChatPrompt, services: Services) -> str:
     if not features.tool_calls:
         messages = with_calls_as_text(messages)
     if tools and not features.tools:
-        messages = with_tools_told(messages, tools)
+        has_system = template.takes_system_messages
+        messages = with_tools_told(messages, tools, told_to="system" if has_system else "user")
     generation_prompt = request.add_generation_prompt
     return template.render(
         messages,
@@ -48,10 +49,10 @@ def encode_chat(text: str, tokenizer: Tokenizer) -> list[int]:
 def answer_form(request: ChatCompletionRequest, prompt: str, services: Services) -> AnswerForm:
     """What the answer to this prompt may hold besides text."""
     features = services.chat_template.features
-    tags = None if request.reasoning_format == "none" else features.reasoning
+    tags = features.reasoning
     names = frozenset(tool.function.name for tool in request.offered_tools)
     return AnswerForm(
-        reasoning=tags,
+        reasoning=None if request.reasoning_format == "none" else tags,
         is_reasoning_open=tags is not None and prompt.rstrip().endswith(tags.opening),
         shows_reasoning=request.include_reasoning is not False,
         tool_calls=features.tool_call_format if names else None,

@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 
 from pipeserve.core.sampling import MAX_LOGPROBS
 from pipeserve.errors import InvalidParameterError
-from pipeserve.server.body import Body, Ignored, Refused
+from pipeserve.server.body import Ignored, Refused
 from pipeserve.server.chat_messages import MAX_MESSAGES, AssistantMessage, ChatMessage
 from pipeserve.server.requests import GenerationRequest
+from pipeserve.server.thinking import ThinkingRequest
 from pipeserve.server.tools import (
     MAX_TOOLS,
     AllowedToolsChoice,
@@ -27,7 +28,7 @@ _LEAVE_OUT = "leave it out"
 _TEXT_VERBOSITY = 'leave it out or send "medium"; say in a message how long answers should be'
 
 
-class ChatPrompt(Body):
+class ChatPrompt(ThinkingRequest):
     """What a chat template makes a prompt of."""
 
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -95,7 +96,9 @@ class ChatPrompt(Body):
         given: dict[str, Any] = {}
         if self.reasoning_effort is not None:
             given["reasoning_effort"] = self.reasoning_effort
-        if self.reasoning_effort == "none":
+        if self.most_thoughts is not None:
+            given["thinking_budget"] = self.most_thoughts
+        if self.reasoning_effort == "none" or self.most_thoughts == 0:
             given["enable_thinking"] = False
         return {**given, **(self.chat_template_kwargs or {})}
 

@@ -198,7 +198,8 @@ def _plan(
         eos_token_ids=own_ends | further_ends,
         breaker_groups=partial(breaker_groups, services.tokenizer),
     )
-    if grammar is not None:  # nothing else may follow, also where ends should be ignored
+    if grammar is not None and grammar.is_of_whole_answer:
+        # Nothing else may follow, also where ends should be ignored.
         stops = tuple(sorted({*sampling.stop_token_ids, *own_ends}))
         sampling = replace(sampling, stop_token_ids=stops)
     sequences = [

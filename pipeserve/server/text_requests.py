@@ -7,7 +7,7 @@ llama-server and of vLLM.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 

@@ -41,7 +41,8 @@ class AnswerForm:
     reasoning: ReasoningTags | None = None
     """None: thoughts are not told from text."""
     is_reasoning_open: bool = False
-    """Whether the prompt ends with the opening tag, so that answers begin with thoughts."""
+    """Whether the prompt ends with the opening tag, so that answers begin with thoughts, told from
+    text or not."""
     shows_reasoning: bool = True
     tool_calls: ToolCallFormat | None = None
     """None: no calls."""

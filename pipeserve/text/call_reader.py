@@ -14,6 +14,8 @@ from dataclasses import dataclass
 _NAME_KEYS = frozenset({"name", "function"})
 _ARGUMENT_KEYS = frozenset({"arguments", "parameters"})
 _BARE_NAME = re.compile(r"([\w.-]{1,200})(?:\[CALL_ID\][^\[]{0,100})?(?:\[ARGS\])?\s*")
+_KEYS_BEFORE_NAME = frozenset({(), ("type",), ("function",), ("type", "function")})
+"""What may stand before the name of a call that no word marks as one."""
 _MAX_HEAD = 400
 """Characters of a bare name and what stands between it and its arguments."""
 
@@ -52,7 +54,8 @@ class CallReader:
     {"function": {...}}, or NAME[ARGS]{...}."""
 
     def __init__(self, *, index: int, names: Collection[str] | None) -> None:
-        """names: the only ones that make a call; None takes any."""
+        """names: the only ones that make a call, and that in one of the usual forms; None takes
+        any name and any order of keys."""
         self.index = index
         self._names = names
         self._state = _State.HEAD
@@ -60,6 +63,8 @@ class CallReader:
         self._nesting = 0
         """Objects that keys are read from."""
         self._key = ""
+        self._keys: tuple[str, ...] = ()
+        """Those that were read before the name."""
         self._value: list[str] = []
         self._value_depth = 0
         self._is_streamed = False
@@ -143,15 +148,27 @@ class CallReader:
         if letter == '"':
             self._key = "".join(self._value)
             self._state = _State.COLON
-        else:
-            self._value.append(letter)
+            return self._check_order()
+        self._value.append(letter)
         return Progress.READING
+
+    def _check_order(self) -> Progress:
+        """JSON that only looks a little like a call is none where nothing marks calls."""
+        if self._names is None or self._name is not None:
+            return Progress.READING
+        is_usual = self._keys in _KEYS_BEFORE_NAME
+        if self._key != "name":
+            self._keys = (*self._keys, self._key)
+            is_usual = self._keys in _KEYS_BEFORE_NAME
+        return Progress.READING if is_usual else Progress.BROKEN
 
     def _start_value(self, letter: str) -> Progress:
         if letter == "{" and self._key == "function":
             self._nesting += 1
             self._state = _State.KEY_OR_END
             return Progress.READING
+        if self._names is not None and self._key == "function" and self._name is None:
+            return Progress.BROKEN
         self._state = _State.VALUE
         self._value = []
         self._value_depth = 0
@@ -185,6 +202,8 @@ class CallReader:
         if self._is_streamed:
             self._is_streamed, self._has_arguments = False, True
             return None if self._nesting else self._end()
+        if self._names is not None and self._key == "type" and self._name is None:
+            return None if self._value == list('"function"') else Progress.BROKEN
         if self._key not in _NAME_KEYS | _ARGUMENT_KEYS:
             return None
         try:

@@ -7,6 +7,7 @@ take long, so the caller renders in a worker with a deadline. Safe to render fro
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -133,6 +134,18 @@ class ChatTemplate:
                 f"the model's chat template failed: {str(error) or type(error).__name__}",
                 param="messages",
             ) from error
+
+    @functools.cached_property
+    def takes_system_messages(self) -> bool:
+        """Whether a chat may begin with one; some templates refuse it, some leave it out."""
+        system = {"role": "system", "content": _PROBE}
+        try:
+            return _PROBE in self.render([system, {"role": "user", "content": "?"}])
+        except ChatTemplateError:
+            return False
+
+
+_PROBE = "Be brief."
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

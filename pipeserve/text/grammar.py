@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,20 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
-from pipeserve.core.constraint import Grammar, WordArray, num_words
+from pipeserve.core.constraint import Grammar, TokenConstraint, WordArray, num_words
 from pipeserve.errors import GrammarError
+from pipeserve.text.begun_calls import CallsAnywhere, CallsAtStart
 from pipeserve.text.json_schema import compilable
 from pipeserve.text.number_guard import NumberGuard, NumberTokens
+from pipeserve.text.thoughts_first import Anything, ThoughtsFirst
 from pipeserve.text.tokenizer import Tokenizer
+from pipeserve.text.word_tokens import WordTokens
 
 MAX_DEFINITION_CHARACTERS = 1_000_000
 MAX_LEXER_STATES = 50_000
 """Of one answer, 1 to 2 KB each; what else a grammar may take is as llguidance has it."""
+MAX_KEPT = 32
+"""Compiled definitions that are kept: the turns of a chat bring the same tools again and again."""
 MAX_WHITESPACE = 40
 """Characters between two tokens of JSON: models that are lost like to go on with these for ever."""
 
@@ -35,8 +41,6 @@ _JSON = '"json_schema"'
 
 _JSON_OPTIONS: Mapping[str, Any] = {
     "whitespace_pattern": rf"[ \n\r\t]{{1,{MAX_WHITESPACE}}}",
-    # What a schema says and the compiler does not know is an error.
-    "lenient": False,
     "coerce_one_of": False,
 }
 
@@ -51,14 +55,18 @@ def json_grammar(schema: object) -> Grammar:
     return of_parts(json_part(schema))
 
 
-def json_part(schema: object) -> Part:
-    """As json_grammar, to be part of another."""
+def json_part(schema: object, *, is_strict: bool = True) -> Part:
+    """As json_grammar, to be part of another.
+
+    is_strict: keywords that cannot be kept to are an error; else they are ignored.
+    """
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     if not isinstance(schema, dict):
         raise GrammarError("a JSON schema is an object, or true or false")
     # The schema's own options give way: they could make it lenient.
-    return {"json_schema": {**compilable(schema), "x-guidance": _JSON_OPTIONS}}
+    options = {**_JSON_OPTIONS, "lenient": not is_strict}
+    return {"json_schema": {**compilable(schema), "x-guidance": options}}
 
 
 def regex_grammar(pattern: str) -> Grammar:
@@ -100,9 +108,10 @@ class GrammarCompiler:
     def __init__(self, read_tokenizer: Callable[[], Tokenizer], *, vocab_size: int) -> None:
         """vocab_size: of the model's logits."""
         self._read_tokenizer = read_tokenizer
-        self._num_words = num_words(vocab_size)
+        self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._prepared: _Prepared | None = None
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 
     def check(self, grammar: Grammar) -> None:
@@ -111,49 +120,88 @@ class GrammarCompiler:
         Raises:
             GrammarError: it does not compile, or no answer can match it.
         """
-        self.build(grammar).allowed()
+        if grammar.definition:
+            self._masked(grammar.definition).allowed()
 
-    def build(self, grammar: Grammar) -> GrammarConstraint:
+    def build(self, grammar: Grammar) -> TokenConstraint:
         """A constraint at the beginning of an answer.
 
         Raises:
             GrammarError: it does not compile.
         """
-        if len(grammar.definition) > MAX_DEFINITION_CHARACTERS:
+        if grammar.thoughts is None:
+            return self._answer(grammar)
+        words = self._vocabulary().words
+        return ThoughtsFirst(grammar.thoughts, lambda: self._answer(grammar), words)
+
+    def _answer(self, grammar: Grammar) -> TokenConstraint:
+        definition, calls = grammar.definition, grammar.calls
+        if not definition:
+            return Anything()
+        first = self._masked(definition)
+        if calls is None:
+            return first
+        words = self._vocabulary().words
+        if calls.is_anywhere:
+            return CallsAnywhere(
+                lambda: self._masked(definition),
+                calls.beginnings[0],
+                words,
+                text_follows=calls.text_follows,
+            )
+        return CallsAtStart(first, calls.beginnings, words)
+
+    def _masked(self, definition: str) -> GrammarConstraint:
+        vocabulary = self._vocabulary()
+        with self._lock:
+            matcher = self._kept.get(definition)
+            if matcher is not None:
+                self._kept.move_to_end(definition)
+        if matcher is None:
+            matcher = self._compile(definition, vocabulary)
+            with self._lock:
+                self._kept[definition] = matcher
+                if len(self._kept) > MAX_KEPT:
+                    self._kept.popitem(last=False)
+        guard = NumberGuard(vocabulary.numbers) if _JSON in definition else None
+        words = num_words(self._vocab_size)
+        return GrammarConstraint(matcher.deep_copy(), vocabulary.ends, words, guard)
+
+    def _compile(self, definition: str, vocabulary: _Prepared) -> LLMatcher:
+        if len(definition) > MAX_DEFINITION_CHARACTERS:
             raise GrammarError(
-                f"it has {len(grammar.definition)} characters; at most "
+                f"it has {len(definition)} characters; at most "
                 f"{MAX_DEFINITION_CHARACTERS} are possible: shorten it"
             )
-        prepared = self._vocabulary()
-        matcher = LLMatcher(
-            prepared.vocabulary, grammar.definition, log_level=0, limits=self._limits
-        )
+        matcher = LLMatcher(vocabulary.tokens, definition, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise GrammarError(_first_lines(matcher.get_error()))
-        guard = NumberGuard(prepared.numbers) if _JSON in grammar.definition else None
-        return GrammarConstraint(matcher, prepared.ends, self._num_words, guard)
+        return matcher
 
     def _vocabulary(self) -> _Prepared:
         with self._lock:
             if self._prepared is None:
                 tokenizer = self._read_tokenizer()
                 ends = tokenizer.eos_token_ids
-                wrapped: Any = _Vocabulary(tokenizer)
+                seen = _Vocabulary(tokenizer)
+                wrapped: Any = seen
                 self._prepared = _Prepared(
-                    vocabulary=LLTokenizer(wrapped, eos_token=sorted(ends)),
+                    tokens=LLTokenizer(wrapped, eos_token=sorted(ends)),
                     ends=ends,
-                    numbers=NumberTokens(wrapped.tokens, self._num_words),
+                    words=WordTokens(seen.tokens, seen, vocab_size=self._vocab_size),
+                    numbers=NumberTokens(seen.tokens, num_words(self._vocab_size)),
                 )
             return self._prepared
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Prepared:
-    """A vocabulary as grammars are compiled for it."""
+    """What is made of a tokenizer once."""
 
-    vocabulary: LLTokenizer
+    tokens: LLTokenizer
     ends: frozenset[int]
     """The tokens that end an answer."""
+    words: WordTokens
     numbers: NumberTokens
 
 
@@ -187,6 +235,15 @@ class GrammarConstraint:
         self._check()
         if self._guard is not None:
             self._guard.accept(token_id)
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether the token ends answers."""
+        return token_id in self._ends
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer may end here."""
+        return self._matcher.is_accepting()
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -142,7 +142,11 @@ class ToolCallParser:
         if opening.startswith(begun) and begun != opening:
             self._unread = text
             return ""
-        if begun[0] in "{[" or begun.startswith(opening):
+        if begun[0] == "[" and not begun[1:].strip():
+            self._unread = text
+            return ""
+        is_list = begun[0] == "[" and begun[1:].lstrip()[0] == "{"
+        if begun[0] == "{" or is_list or begun.startswith(opening):
             self._place = _Place.BETWEEN
         else:
             self._place = _Place.TEXT

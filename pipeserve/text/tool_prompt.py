@@ -1,4 +1,4 @@
-"""Tools for a model whose chat template knows none: told in a system message, as plain text.
+"""Tools for a model whose chat template knows none: told in the first message, as plain text.
 
 Pure functions. Know messages as templates take them, no HTTP.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 _INSTRUCTIONS = """You can call these functions, each given as JSON with a schema of its parameters:
 
@@ -20,15 +20,22 @@ The results come in the next message. Where no function helps, answer in plain w
 
 
 def with_tools_told(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    told_to: Literal["system", "user"],
 ) -> list[dict[str, Any]]:
-    """The messages with a system message about the tools in front, joined to one that is there."""
+    """The messages with one about the tools in front, joined to one that is there.
+
+    told_to: its role. A template that takes no system message takes one of the user.
+    """
     functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     told = _INSTRUCTIONS.format(functions=functions)
     rest = [dict(message) for message in messages]
-    if rest and rest[0]["role"] == "system":
-        told = f"{rest.pop(0)['content']}\n\n{told}"
-    return [{"role": "system", "content": told}, *rest]
+    if rest and rest[0]["role"] == told_to:
+        own = rest.pop(0)["content"]
+        told = f"{own}\n\n{told}" if told_to == "system" else f"{told}\n\n{own}"
+    return [{"role": told_to, "content": told}, *rest]
 
 
 def with_calls_as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

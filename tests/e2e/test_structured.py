@@ -30,6 +30,10 @@ WEATHER: Any = {
 }
 
 
+BEGINS_CALLS = dict.fromkeys(("39428", "1245", "1799"), 14)
+"""A bias for the demo model's tokens {" and name and ": which calls begin with."""
+
+
 class City(pydantic.BaseModel):
     name: str = pydantic.Field(max_length=20)
     country: str = pydantic.Field(max_length=20)
@@ -95,6 +99,93 @@ def test_a_demanded_call(client: openai.OpenAI) -> None:
     assert call.type == "function"
     assert call.function.name == "get_weather"
     assert list(json.loads(call.function.arguments)) == ["city"]
+
+
+EARLIER: list[Any] = [
+    {"role": "user", "content": "What is the weather in Rome?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    {"role": "assistant", "content": "Sunny."},
+    {"role": "user", "content": "What is the weather in Oslo?"},
+]
+
+
+def test_a_call_that_the_model_makes_by_itself(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo", messages=EARLIER, tools=[WEATHER], temperature=0.0, max_tokens=100
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert json.loads(call.function.arguments) == {"city": "Oslo"}
+
+
+async def test_calls_that_are_begun_are_valid_however_wild_the_model(
+    served: DaemonProcess,
+) -> None:
+    """A bias makes it begin; beside others that it leaves alone."""
+    search: Any = {
+        "type": "function",
+        "function": {
+            "name": "search",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "place": {"enum": ["hotel", "café", "museum"]},
+                    "most": {"type": "integer", "minimum": 1, "maximum": 20},
+                },
+                "required": ["place", "most"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+
+        async def call(seed: int) -> Any:
+            answer = await client.chat.completions.create(
+                model="demo",
+                messages=QUESTION,
+                tools=[WEATHER, search],
+                temperature=1.5,
+                seed=seed,
+                max_tokens=60,
+                logit_bias=BEGINS_CALLS,
+            )
+            return answer.choices[0]
+
+        async def write(seed: int) -> str:
+            answer = await client.completions.create(
+                model="demo", prompt=f"{seed}. Once", max_tokens=24, seed=seed
+            )
+            return answer.choices[0].text
+
+        alone = [await write(seed) for seed in range(2)]
+        choices = await asyncio.gather(*map(call, range(8)), *map(write, range(2)))
+    assert choices[8:] == alone
+    names = set()
+    for choice in choices[:8]:
+        for made in choice.message.tool_calls or ():
+            names.add(made.function.name)
+            if choice.finish_reason == "length":
+                continue  # cut in the middle
+            arguments = json.loads(made.function.arguments)
+            if made.function.name == "search":
+                assert set(arguments) == {"place", "most"}
+                assert arguments["place"] in ("hotel", "café", "museum")
+                assert 1 <= arguments["most"] <= 20
+            else:
+                assert list(arguments) == ["city"]
+                assert len(arguments["city"]) <= 12
+    assert names == {"get_weather", "search"}
 
 
 def test_a_grammar_and_a_refusal(client: openai.OpenAI) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
-from pipeserve.core.constraint import Grammar, TokenConstraint, WordArray
+from pipeserve.core.constraint import FreeRun, Grammar, TokenConstraint, WordArray
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.generation import Generation
 from pipeserve.engine.messages import FinishReason
+from pipeserve.engine.scheduler import Scheduler
+from pipeserve.engine.sequence import Sequence
 from pipeserve.errors import GrammarError
 from tests.engine.running import RunningEngine, running_engine
-from tests.engine.scheduling import fill, rig, run_step, sequence
-from tests.fakes import expected_tokens, facts, mask_of
+from tests.engine.scheduling import fill, rig, run_step, run_until, sequence
+from tests.fakes import FakeStages, expected_tokens, facts, mask_of
 
 VOCAB_SIZE = facts().vocab_size
 END = 0
@@ -38,6 +41,29 @@ class Countdown:
         self._next -= 1
 
 
+class UntilLetter:
+    """Any letters up to the first of a few, then digits that fall from 9 to 0, then as before."""
+
+    WATCHED = frozenset(b"abcd")
+
+    def __init__(self) -> None:
+        self._countdown: Countdown | None = None
+
+    def allowed(self) -> WordArray | FreeRun:
+        if self._countdown is None:
+            return FreeRun(watched=self.WATCHED)
+        return self._countdown.allowed()
+
+    def accept(self, token_id: int) -> None:
+        if self._countdown is None:
+            assert token_id >= ord("a"), "a letter"
+            self._countdown = Countdown(lambda: None) if token_id in self.WATCHED else None
+        else:
+            self._countdown.accept(token_id)
+            if token_id == ord("0"):
+                self._countdown = None
+
+
 class Broken(Countdown):
     """Fails at its third token, by an error of the grammar's or by one of ours."""
 
@@ -55,6 +81,8 @@ def build(grammar: Grammar) -> TokenConstraint:
     match grammar.definition:
         case "countdown":
             return Countdown(lambda: None)
+        case "letters":
+            return UntilLetter()
         case "slow":
             return Countdown(lambda: time.sleep(0.02))
         case "broken":
@@ -194,3 +222,83 @@ def test_a_preempted_one_waits_for_its_mask_outside_the_line() -> None:
         fill(scheduler, stages)
         run_step(scheduler, stages)
     assert bytes(constrained.token_ids[-3:]) == b"xyz"
+
+
+async def test_free_runs_end_where_something_has_to_be_found_out() -> None:
+    async with running_engine(constraints=build) as running:
+        results = await asyncio.gather(
+            *(collect(generate(running, seed, "letters", max_tokens=60)) for seed in range(20))
+        )
+    for token_ids, reason in results:
+        assert re.fullmatch(rb"([e-z]*[a-d]9876543210)*([e-z]*|[e-z]*[a-d]\d*)", token_ids)
+        assert reason is FinishReason.LENGTH
+    assert sum(token_ids.count(b"0") for token_ids, _ in results) > 20
+
+
+def run_constrained(scheduler: Scheduler, stages: FakeStages, each: Sequence) -> int:
+    """To its end; the number of steps."""
+    constraint, num_steps = UntilLetter(), 0
+    scheduler.add(each)
+    scheduler.allow(each, constraint.allowed())
+    while not each.is_ended:
+        num_steps += len(fill(scheduler, stages))
+        run_step(scheduler, stages)
+        for _, token_ids in scheduler.take_constrained_tokens():
+            for token_id in token_ids:
+                constraint.accept(token_id)
+            scheduler.allow(each, constraint.allowed())
+    return num_steps
+
+
+def test_a_free_run_is_looked_ahead_and_what_ran_too_far_is_dropped() -> None:
+    num_ahead = 0
+    for seed in range(12):
+        scheduler, stages = rig(num_stages=1, num_look_ahead=1)
+        each = sequence(seed, max_tokens=30)
+        each.is_constrained = True
+        num_steps = run_constrained(scheduler, stages, each)
+        output = bytes(each.token_ids[each.num_prompt_tokens :])
+        num_runs = len(re.findall(rb"[a-d]", output[:-1]))
+        assert re.fullmatch(rb"([e-z]*[a-d]9876543210)*([e-z]*|[e-z]*[a-d]\d*)", output)
+        assert num_steps == 30 + num_runs, "one step is lost where a run ends"
+        num_ahead += num_runs
+        assert scheduler.num_preemptions == 0
+        assert scheduler.pool.num_free == scheduler.pool.num_blocks
+    assert num_ahead > 12
+
+
+def test_the_first_of_a_run_that_is_over_begins_anew_in_its_row() -> None:
+    """With all that its row knew before, so that what was dropped counts for no penalty."""
+    scheduler, stages = rig(num_stages=1, num_look_ahead=1)
+    each = sequence(0, max_tokens=9)
+    each.is_constrained = True
+    scheduler.add(each)
+    scheduler.allow(each, FreeRun(watched=frozenset(range(256))))
+    assert len(fill(scheduler, stages)) == 2
+    row, blocks = each.row, list(each.block_table)
+    run_step(scheduler, stages)
+    assert each.is_rewound
+    assert fill(scheduler, stages) == []
+    scheduler.allow(each, mask_of([ord("7")], VOCAB_SIZE))
+    (batch,) = fill(scheduler, stages)
+    (start,) = batch.starts
+    assert (start.row, start.token_ids.tolist()) == (row, each.token_ids)
+    assert batch.prefill_token_ids.tolist() == each.token_ids[-1:]
+    assert batch.block_ids.tolist()[: len(blocks)] == blocks
+    events = run_step(scheduler, stages)  # of the step that ran too far
+    assert events.seq_ids == ()
+    run_step(scheduler, stages)
+    assert each.token_ids[-1] == ord("7")
+
+
+def test_a_run_of_so_many_tokens_is_not_run_beyond() -> None:
+    scheduler, stages = rig(num_stages=1, num_look_ahead=1)
+    each = sequence(0, max_tokens=9)
+    each.is_constrained = True
+    scheduler.add(each)
+    scheduler.allow(each, FreeRun(watched=frozenset(), max_tokens=3))
+    batches = run_until(scheduler, stages, lambda: each.awaits_mask)
+    assert len(batches) == 3
+    assert not each.is_rewound
+    ((_, token_ids),) = scheduler.take_constrained_tokens()
+    assert list(token_ids) == each.token_ids[-3:]

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeserve.core.admission import AdmissionParams
+from pipeserve.core.constraint import FreeRun
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.messages import FinishReason
 from pipeserve.engine.policy import AdmissionPolicy
@@ -38,13 +39,38 @@ def allowed_after(token_ids: list[int]) -> list[int]:
     return [ord("a") + first, ord("a") + first + 2, ord("a") + first + 3]
 
 
-def constrained_token(token_ids: list[int], sampling: SamplingParams) -> int:
-    return take_by_number(checksum_token(token_ids, sampling), allowed_after(token_ids))
+def run_after(token_ids: list[int]) -> FreeRun | None:
+    """Whether a constrained sequence may go on with any tokens instead, and up to which."""
+    number = sum(token_ids) % 7
+    if number < 4:
+        return None
+    first = ord("a") + sum(token_ids) % 20
+    watched = frozenset(range(first, first + 5))
+    return FreeRun(watched=watched, max_tokens={4: None, 5: 1, 6: 4}[number])
+
+
+class ConstrainedTokens:
+    """The tokens that a constrained sequence has alone, asked for one after another."""
+
+    def __init__(self) -> None:
+        self._run: FreeRun | None = None
+        self._num_free = 0
+
+    def __call__(self, token_ids: list[int], sampling: SamplingParams) -> int:
+        token_id = checksum_token(token_ids, sampling)
+        if self._run is None:
+            self._run, self._num_free = run_after(token_ids), 0
+        if self._run is None:
+            return take_by_number(token_id, allowed_after(token_ids))
+        self._num_free += 1
+        if token_id in self._run.watched or self._num_free == self._run.max_tokens:
+            self._run = None
+        return token_id
 
 
 def expected_of(sequence: Sequence) -> list[int]:
     """The tokens that it has alone."""
-    next_token = constrained_token if sequence.is_constrained else checksum_token
+    next_token = ConstrainedTokens() if sequence.is_constrained else checksum_token
     return expected_tokens(sequence.prompt_token_ids, sequence.sampling, next_token)
 
 
@@ -87,6 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.stages = FakeStages(self.facts)
         self.live: dict[int, Sequence] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.told: dict[int, int] = {}
         self.num_submitted = 0
         self.now_s = 0.0
 
@@ -114,6 +141,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_submitted += 1
         self.live[sequence.seq_id] = sequence
         self.tokens[sequence.seq_id] = []
+        self.told[sequence.seq_id] = 0
         self.scheduler.add(sequence)
 
     @rule(seconds=st.sampled_from([0.1, 2.0]))
@@ -140,7 +168,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def tell_mask(self, seq_id: int) -> None:
         sequence = self.live[seq_id]
         mask_W = mask_of(allowed_after(sequence.token_ids), self.facts.vocab_size)
-        self.scheduler.allow(sequence, mask_W)
+        self.scheduler.allow(sequence, run_after(sequence.token_ids) or mask_W)
 
     @precondition(lambda self: self.awaiting)
     @rule(data=st.data())
@@ -165,8 +193,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if output is None:
             return
         events = self.scheduler.update(output)
-        told = {each.seq_id for each, _ in self.scheduler.take_constrained_tokens()}
-        assert told <= set(self.awaiting), "a mask is wanted for whom one is missing"
+        for sequence, token_ids in self.scheduler.take_constrained_tokens():
+            assert sequence.awaits_mask, "a mask is wanted for whom one is missing"
+            assert sequence.token_ids[-len(token_ids) :] == list(token_ids)
+            self.told[sequence.seq_id] += len(token_ids)
+            assert self.told[sequence.seq_id] == sequence.num_output_tokens, "all are told, once"
         for seq_id, token_id, reason in zip(
             events.seq_ids, events.token_ids, events.finish_reasons, strict=True
         ):
