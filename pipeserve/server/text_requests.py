@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from pipeserve.errors import InvalidParameterError
 from pipeserve.server.body import Body, check_token_ids, parse
@@ -23,6 +23,12 @@ from pipeserve.text.tokenizer import Tokenizer
 
 class TokenizeRequest(ChatPrompt):
     """POST /tokenize: one of content, prompt and messages."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": [name]} for name in ("content", "prompt", "messages")]
+        }
+    )
 
     model: str | None = None
     content: str | None = None

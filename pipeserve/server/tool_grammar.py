@@ -77,33 +77,33 @@ def _checked(
         CallableTool(name=each.function.name, parameters=each.function.parameters or {})
         for each in offered
     ]
-    grammar = grammar_of(tools)
-    if _problem(grammar, services) is None:
-        return grammar
+    if _problem(grammar_of, tools, services) is None:
+        return grammar_of(tools)
     loosened = []
     for given, tool in zip(offered, tools, strict=True):
-        problem = _problem(grammar_of([tool]), services)
+        problem = _problem(grammar_of, [tool], services)
         if problem is not None and (are_all_strict or given.function.strict):
             field = f"tools[{(request.tools or ()).index(given)}].function.parameters"
             raise GrammarError(f"{field} cannot be kept to: {problem}", param=field)
         loosened.append(tool if problem is None else _loosened(tool, grammar_of, services))
-    grammar = grammar_of(loosened)
-    problem = _problem(grammar, services)
+    problem = _problem(grammar_of, loosened, services)
     if problem is not None:
         raise GrammarError(f"tools together cannot be kept to: {problem}", param="tools")
-    return grammar
+    return grammar_of(loosened)
 
 
 def _loosened(tool: CallableTool, grammar_of: CallGrammar, services: Services) -> CallableTool:
     loose = replace(tool, is_strict=False)
-    if _problem(grammar_of([loose]), services) is None:
+    if _problem(grammar_of, [loose], services) is None:
         return loose
     return CallableTool(name=tool.name, parameters={})
 
 
-def _problem(grammar: Grammar, services: Services) -> GrammarError | None:
+def _problem(
+    grammar_of: CallGrammar, tools: Sequence[CallableTool], services: Services
+) -> GrammarError | None:
     try:
-        services.grammars.check(grammar)
+        services.grammars.check(grammar_of(tools))
     except GrammarError as error:
         return error
     return None

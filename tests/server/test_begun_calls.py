@@ -182,6 +182,22 @@ async def test_schemas_that_cannot_be_kept_to() -> None:
     assert "uniqueItems" in error["message"]
 
 
+async def test_a_pattern_that_is_none_is_ignored_unless_strict() -> None:
+    broken = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}
+    function: dict[str, Any] = {"name": "f", "parameters": broken}
+    async with speaking("<tool_call>") as server:
+        await ask(server, tools=[{"type": "function", "function": function}], seed=0)
+        function["strict"] = True
+        body = {
+            "model": "tiny",
+            "messages": [USER],
+            "tools": [{"type": "function", "function": function}],
+        }
+        status, answer = await server.post("/v1/chat/completions", body)
+    error: Any = answer["error"]
+    assert (status, error["param"]) == (400, "tools[0].function.parameters")
+
+
 THOUGHTS = "I wonder what this may be, and why, and whether I should answer at all. "
 
 

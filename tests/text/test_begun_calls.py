@@ -29,7 +29,7 @@ from pipeserve.text.tool_calls import (
     ToolCallParser,
 )
 from tests.text.small_vocabularies import write_byte_vocabulary
-from tests.text.test_grammar import CLOSING, allowed_ids
+from tests.text.writer import CLOSING, allowed_ids
 
 CITY = {
     "type": "object",
