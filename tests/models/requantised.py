@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeserve.gguf.quants import dequantise
 from pipeserve.gguf.reader import GGUFFile
-from pipeserve.kernels import quant_reference
 from pipeserve.models.registry import check_model
 from tests.models import tiny
 from tests.models.block_quantisers import SUPER_BLOCK, Array, quantise
@@ -136,18 +135,6 @@ def reference_model(model: FloatModel, device: torch.device) -> LlamaForCausalLM
     missing = reference.load_state_dict(state, strict=False).missing_keys
     assert set(missing) <= {"lm_head.weight"}, missing
     return reference
-
-
-def round_activations(reference: LlamaForCausalLM) -> None:
-    """From now on every product's input is rounded to bytes as the option activations = int8 does:
-    what it computes, and not what float32 does, is that mode's reference."""
-
-    def round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (quant_reference.round_rows(inputs[0].flatten(0, -2)).view_as(inputs[0]),)
-
-    for module in reference.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(round_input)
 
 
 def transformers_state(model: FloatModel) -> dict[str, torch.Tensor]:

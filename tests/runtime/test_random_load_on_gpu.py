@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from pipeserve.runtime.gpu_shapes import decode_sizes
-from tests.models.decided import F16, FP8, INT8, Precision
-from tests.models.requantised import read_model, reference_model, round_activations
+from tests.models.decided import F16, FP8, INT8, INT8_EVERYWHERE, Precision
+from tests.models.requantised import read_model, reference_model
 from tests.runtime.load_agreement import assert_same_alone, compare
 from tests.runtime.random_load import GREEDY, Load, Phase, StepSize, loaded_engine
 
@@ -56,17 +56,12 @@ class Mode:
     precision: Precision
     bytes_per_head: int = 128
     """A key or value of 64 entries."""
-    rounds_activations: bool = False
-    """In every product: a step as uncertain as those of random prompts moves by more than 2 logits
-    then (1 in 1000 of them), so that tokens are held against a reference that rounds as well."""
 
 
 MODES = {
     "auto": Mode(precision=INT8),
     "f16 activations": Mode(options={"activations": "f16"}, precision=F16),
-    "int8 activations": Mode(
-        options={"activations": "int8"}, precision=INT8, rounds_activations=True
-    ),
+    "int8 activations": Mode(options={"activations": "int8"}, precision=INT8_EVERYWHERE),
     "both weights": Mode(options={"weights": "both"}, precision=INT8),
     "bf16 weights": Mode(options={"weights": "bf16"}, precision=INT8),
     "fp8 weights": Mode(options={"weights": "fp8"}, precision=FP8),
@@ -83,7 +78,6 @@ def test_tokens_under_load_are_those_of_float32(mode: Mode, demo_model_path: Pat
         ("cuda:0",),
         LOAD,
         mode.precision,
-        rounds_activations=mode.rounds_activations,
         max_num_seqs=NUM_ROWS,
         max_num_batched_tokens=512,
         kv_cache_bytes=kv_bytes(mode.bytes_per_head),
@@ -96,20 +90,12 @@ def test_tokens_under_load_are_those_of_float32(mode: Mode, demo_model_path: Pat
 
 
 def check_load(
-    path: Path,
-    devices: Sequence[str],
-    load: Load,
-    precision: Precision,
-    *,
-    rounds_activations: bool = False,
-    **options: object,
+    path: Path, devices: Sequence[str], load: Load, precision: Precision, **options: object
 ) -> set[StepSize]:
     """Run and compare; the sizes of the steps that it took."""
     with loaded_engine(path, devices, record_every=8, **options) as loaded:
         served = loaded.run(load)
         reference = reference_model(read_model(path), torch.device(devices[0]))
-        if rounds_activations:
-            round_activations(reference)
         verdicts = compare(served, reference, precision)
         complete = [verdict for verdict in verdicts if not verdict.served.is_aborted]
         assert_same_alone(loaded, complete[:: max(1, len(complete) // NUM_ALONE)])
