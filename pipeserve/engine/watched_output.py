@@ -91,7 +91,8 @@ class WatchedOutput:
         banned = self._banned.get(place)
         if banned is None:
             return None
-        mask_W = np.full(num_words(self._vocab_size), -1, np.int32)
+        words_W = np.full(num_words(self._vocab_size), 0xFFFFFFFF, np.uint32)
+        words_W[-1] >>= np.uint32(len(words_W) * WORD_BITS - self._vocab_size)
         for token_id in banned:
-            mask_W.view(np.uint32)[token_id // WORD_BITS] &= ~np.uint32(1 << token_id % WORD_BITS)
-        return mask_W
+            words_W[token_id // WORD_BITS] &= ~np.uint32(1 << token_id % WORD_BITS)
+        return words_W.view(np.int32)
