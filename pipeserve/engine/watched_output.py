@@ -14,6 +14,8 @@ from pipeserve.engine.messages import TokenLogprobs
 
 MOST_BANNED_AT_ONCE = 1024
 """Tokens in one place; a sequence that found no other way has none that is likely."""
+MOST_IN_VAIN = 4096
+"""Withdrawals without a token that can be told: ways may branch in many places."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,8 @@ class WatchedOutput:
         self._held: list[OutputToken] = []
         self._num_settled = 0
         """Of those that are held, the first ones, which may be told."""
+        self._num_in_vain = 0
+        """Withdrawals since a token was told."""
         self._banned: dict[int, set[int]] = {}
         """By the place in the output, which is not beyond the known tokens."""
 
@@ -45,9 +49,10 @@ class WatchedOutput:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether nothing likely is left for the next token."""
+        """Whether nothing likely is left to say."""
         most = min(MOST_BANNED_AT_ONCE, self._vocab_size // 2)
-        return len(self._banned.get(self._num_known, ())) > most
+        num_banned = len(self._banned.get(self._num_known, ()))
+        return num_banned > most or self._num_in_vain > MOST_IN_VAIN
 
     @property
     def _num_known(self) -> int:
@@ -66,6 +71,7 @@ class WatchedOutput:
             first = self._held[-sighting.num_withdrawn]
             del self._held[-sighting.num_withdrawn :]
             self._ban(first.token_id)
+            self._num_in_vain += 1
         self._num_settled = len(self._held) - sighting.num_held
         return sighting.num_withdrawn
 
@@ -83,7 +89,9 @@ class WatchedOutput:
         told = self._held[:count]
         del self._held[:count]
         self._num_settled = 0
-        self._num_told += count
+        if told:
+            self._num_in_vain = 0
+            self._num_told += count
         return told
 
     def mask_at(self, place: int) -> WordArray | None:

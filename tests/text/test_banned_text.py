@@ -11,7 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeserve.core.constraint import BannedStrings
-from pipeserve.engine.watched_output import MOST_BANNED_AT_ONCE, OutputToken, WatchedOutput
+from pipeserve.engine.watched_output import (
+    MOST_BANNED_AT_ONCE,
+    MOST_IN_VAIN,
+    OutputToken,
+    WatchedOutput,
+)
 from pipeserve.text.banned_text import BannedTextWatch, BannedTextWatches, Phrases, fold
 from tests.text.banned_by_hand import answer_by_hand, cut_at_stop, decoded, first_banned
 
@@ -143,6 +148,34 @@ def test_many_ways_that_are_none() -> None:
         assert not output.is_stuck
         assert output.take(OutputToken(token_id=token_id, logprobs=None), is_text=True) == 1
     assert output.is_stuck
+
+
+def test_many_ways_that_branch_and_are_none() -> None:
+    """After each first token each second one is tried, and only then the first is withdrawn."""
+    count, dot, bang = 90, 180, 181
+    pieces = [*(f"{letter}{n}".encode() for letter in "ab" for n in range(count)), b".", b"!"]
+    wrong_second = [f"b{second}." for second in range(count)]
+    wrong_first = [f"a{first}b{second}!" for first in range(count) for second in range(count)]
+    watch = watch_for([*wrong_second, *wrong_first], pieces=pieces)
+    output = WatchedOutput(watch, vocab_size=2000)
+
+    def take(*token_ids: int) -> list[int]:
+        tokens = [OutputToken(token_id=each, logprobs=None) for each in token_ids]
+        return [output.take(token, is_text=True) for token in tokens]
+
+    num_withdrawals = 0
+    for first in range(count):
+        assert take(first) == [0]
+        for second in range(count - 1):
+            assert take(count + second, dot) == [0, 2]
+            assert output.tell(is_last=False) == []
+            num_withdrawals += 1
+            assert output.is_stuck == (num_withdrawals > MOST_IN_VAIN)
+            if output.is_stuck:
+                return
+        assert take(2 * count - 1, bang) == [0, 3]
+        num_withdrawals += 1
+    raise AssertionError("it goes on for ever")
 
 
 def test_a_character_that_the_prompt_leaves_half() -> None:
