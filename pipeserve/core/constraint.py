@@ -100,7 +100,7 @@ ConstraintFactory = Callable[[Grammar], TokenConstraint]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BannedStrings:
     """What an answer must not hold: compared without regard to case, in all that the model writes
-    before a stop string, thoughts and calls of tools included."""
+    before a stop string, thoughts included."""
 
     strings: tuple[str, ...]
     stop: tuple[str, ...] = ()

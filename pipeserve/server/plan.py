@@ -238,18 +238,24 @@ def _plan(
 
 def _check_banned(request: GenerationRequest, grammar: Grammar | None) -> None:
     """Refuse what cannot go back: a grammar's way, and a threshold that follows what was drawn."""
-    if not request.all_banned_strings:
+    if grammar is not None:
+        field = request.form_field or _field_of(grammar)
+    elif request.mirostat == 2:
+        field = "mirostat"
+    else:
         return
-    for field, is_given in (
-        (request.form_field or "tool_choice", grammar is not None),
-        ("mirostat", request.mirostat == 2),
-    ):
-        if is_given:
-            raise InvalidParameterError(
-                f"banned_strings is given and so is {field}, which cannot take tokens back; leave "
-                "one of them out",
-                param="banned_strings",
-            )
+    if request.all_banned_strings:
+        raise InvalidParameterError(
+            f"banned_strings is given and so is {field}, which cannot take tokens back; leave one "
+            "of them out",
+            param="banned_strings",
+        )
+
+
+def _field_of(grammar: Grammar) -> str:
+    if grammar.calls is not None:
+        return "tools"
+    return "tool_choice" if grammar.definition else "thinking_token_budget"
 
 
 def _max_tokens(

@@ -91,9 +91,9 @@ class SamplerFields(Body):
     ) = None
     """TabbyAPI's: the answer never holds one of these, whatever its capitals. What may begin one is
     kept back; once one is complete, the answer goes back to before its first token (of those that
-    were not sent yet), which is banned in that place from then on, and on from there. Thoughts and
-    calls of tools count as the answer, and what a stop string cuts off does not. Not beside what
-    demands a form, nor mirostat."""
+    were not sent yet), which is banned in that place from then on, and on from there. Thoughts
+    count as the answer, and what a stop string cuts off does not. Not beside what says something of
+    the answer's form (tools and limits of thoughts, too), nor mirostat."""
 
     @field_validator("samplers")
     @classmethod

@@ -62,6 +62,7 @@ async def test_none_are_none_and_an_empty_one_is_refused(server: Server, field: 
             "banned_strings",
             "so is tool_choice",
         ),
+        ({"banned_strings": "a", "tools": [TOOL]}, "banned_strings", "so is tools,"),
         ({"banned_strings": "a", "mirostat": 2}, "banned_strings", "so is mirostat"),
         ({"bad_words": ["a"]}, "bad_words", "send banned_strings"),
     ],
