@@ -1,19 +1,20 @@
 """EngineHalf: scheduler and stages of one model, put together; the only place where they meet.
 
 Built in the daemon's own process or in one beside it. Must not know HTTP or the event loop, and of
-text only what compiles grammars.
+text only what compiles grammars and watches for banned strings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from pipeserve.config import Config
 from pipeserve.core.batch import PipelineFacts
-from pipeserve.core.constraint import ConstraintFactory
+from pipeserve.core.constraint import ConstraintFactory, WatchFactory
 from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import OnProgress
 from pipeserve.engine.engine import Engine, Inbox
@@ -24,6 +25,7 @@ from pipeserve.layout import is_open
 from pipeserve.runtime.devices import resolve_devices
 from pipeserve.runtime.layouts import find_devices, survey_layouts
 from pipeserve.runtime.pipeline import Pipeline
+from pipeserve.text.banned_text import BannedTextWatches
 from pipeserve.text.grammar import GrammarCompiler
 from pipeserve.text.tokenizer import Tokenizer
 from pipeserve.toolchain import check_toolchain
@@ -35,10 +37,17 @@ class EngineHalf:
     """A loaded model behind an inbox. `start` once, `close` once."""
 
     def __init__(
-        self, *, config: Config, pipeline: Pipeline, inbox: Inbox, constraints: ConstraintFactory
+        self,
+        *,
+        config: Config,
+        pipeline: Pipeline,
+        inbox: Inbox,
+        constraints: ConstraintFactory,
+        watches: WatchFactory,
     ) -> None:
         self._config = config
         self._constraints = constraints
+        self._watches = watches
         self._pipeline = pipeline
         self._inbox = inbox
         self._engine: Engine | None = None
@@ -59,10 +68,15 @@ class EngineHalf:
             pipeline = Pipeline.start(
                 gguf_file, config, config.devices, post=inbox.put, on_progress=on_progress
             )
-        grammars = GrammarCompiler(
-            lambda: _read_tokenizer(order.model_path), vocab_size=pipeline.facts.vocab_size
+        read_tokenizer = partial(_read_tokenizer, order.model_path)
+        grammars = GrammarCompiler(read_tokenizer, vocab_size=pipeline.facts.vocab_size)
+        return cls(
+            config=config,
+            pipeline=pipeline,
+            inbox=inbox,
+            constraints=grammars.build,
+            watches=BannedTextWatches(read_tokenizer).build,
         )
-        return cls(config=config, pipeline=pipeline, inbox=inbox, constraints=grammars.build)
 
     @property
     def facts(self) -> PipelineFacts:
@@ -77,6 +91,7 @@ class EngineHalf:
             stage_timeout_s=self._config.stage_timeout_s,
             policy=AdmissionPolicy.from_config(self._config),
             constraints=self._constraints,
+            watches=self._watches,
         )
         self._engine.start()
 

@@ -1,11 +1,12 @@
-"""TokenConstraint: which token may come next, and Grammar: what it is built from.
+"""TokenConstraint: which token may come next, and Grammar: what it is built from; TextWatch: what
+must not be written, and BannedStrings.
 
 Values and protocols; text gives them their meaning, the engine advances them off its own thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,6 +95,40 @@ class TokenConstraint(Protocol):
 
 ConstraintFactory = Callable[[Grammar], TokenConstraint]
 """Raises GrammarError where the grammar does not compile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BannedStrings:
+    """What an answer must not hold: compared without regard to case, in all that the model writes
+    before a stop string, thoughts included."""
+
+    strings: tuple[str, ...]
+    stop: tuple[str, ...] = ()
+    """The answer's stop strings: what they cut off is not looked at."""
+    shown_token_ids: tuple[int, ...] = ()
+    """Control tokens whose names are part of the text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """What a watch says of the newest tokens."""
+
+    num_held: int = 0
+    """So many of the tokens that are left, the last ones, may turn out to write a banned string."""
+    num_withdrawn: int = 0
+    """So many, the newest included, do: they are to be taken back."""
+
+
+class TextWatch(Protocol):
+    """Follows one answer's text; belongs to the thread that pushes."""
+
+    def push(self, token_id: int) -> Sighting:
+        """The next token. Those that it withdraws are as if they had never been pushed."""
+        ...
+
+
+WatchFactory = Callable[[BannedStrings, Sequence[int]], TextWatch]
+"""For a sequence with that prompt."""
 
 
 def num_words(vocab_size: int) -> int:

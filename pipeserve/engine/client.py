@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.batch import PipelineFacts, PromptLogprobs
-from pipeserve.core.constraint import Grammar
+from pipeserve.core.constraint import BannedStrings, Grammar
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.generation import GeneratedToken, Generation
 from pipeserve.engine.messages import (
@@ -160,6 +160,7 @@ class EngineClient:
         admission: AdmissionParams = PLAIN,
         *,
         grammar: Grammar | None = None,
+        banned: BannedStrings | None = None,
         timeout_s: float | None = None,
         mark: TraceMark | None = None,
     ) -> Generation:
@@ -168,6 +169,7 @@ class EngineClient:
         Queued tokens are not looked at: check_capacity does, once for all sequences of a request.
 
         grammar: what the answer must match; its tokens end where that does, or at max_tokens.
+        banned: what it must not hold; not beside a grammar.
         timeout_s: the sequence is aborted if it has not ended by then; None: it may take for ever.
         mark: its times are wanted, and what they belong to.
 
@@ -195,6 +197,7 @@ class EngineClient:
                 admission=admission,
                 grammar=grammar,
                 mark=mark,
+                banned=banned,
             )
         )
         return generation

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pipeserve.core.batch import MicroBatch, PipelineFacts, StageFailure, StepOutput
-from pipeserve.core.constraint import ConstraintFactory
-from pipeserve.engine.mask_workers import MasksReady, MaskWorkers
+from pipeserve.core.constraint import ConstraintFactory, WatchFactory
+from pipeserve.engine.mask_workers import MasksReady, MaskWorkers, WatchReady
 from pipeserve.engine.messages import (
     Abort,
     EngineFailed,
@@ -34,7 +34,7 @@ from pipeserve.engine.sequence_times import SequenceTimer
 from pipeserve.engine.stats import EngineStats
 from pipeserve.engine.step_figures import StepRecorder
 
-InboxItem = FrontMessage | StepOutput | StageFailure | MasksReady
+InboxItem = FrontMessage | StepOutput | StageFailure | MasksReady | WatchReady
 Inbox = queue.SimpleQueue[InboxItem]
 
 
@@ -74,16 +74,17 @@ class Engine:
         stage_timeout_s: float,
         policy: AdmissionPolicy | None = None,
         constraints: ConstraintFactory | None = None,
+        watches: WatchFactory | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
-        """constraints: compiles grammars; None where no sequence brings one. scheduler: in place
-        of the one that would be made for the policy."""
+        """constraints, watches: make them of grammars and of banned strings; None where no
+        sequence brings one. scheduler: in place of the one that would be made for the policy."""
         self._pipeline = pipeline
         self._inbox = inbox
         self._post = post
         self._stage_timeout_s = stage_timeout_s
         self._scheduler = scheduler or Scheduler(pipeline.facts, policy)
-        self._masks = None if constraints is None else MaskWorkers(constraints, inbox.put)
+        self._masks = MaskWorkers(constraints, watches, inbox.put)
         self._sequences: dict[int, Sequence] = {}
         self._recorder = StepRecorder(pipeline.facts.num_stages)
         self._timer = SequenceTimer(pipeline.facts)
@@ -117,8 +118,7 @@ class Engine:
             self._post(EngineFailed(error=f"engine: {error!r}", stalled=False))
             raise
         finally:
-            if self._masks is not None:
-                self._masks.close()
+            self._masks.close()
 
     def _next_item(self) -> InboxItem:
         """Wait for the next thing to happen, but not past the moment a stage counts as stuck."""
@@ -150,6 +150,8 @@ class Engine:
                 self._take_output(item)
             case MasksReady():
                 self._take_masks(item)
+            case WatchReady():
+                self._take_watch(item)
             case Submit():
                 self._add(item)
             case Finish():
@@ -175,11 +177,16 @@ class Engine:
         for seq_id, reason in zip(events.seq_ids, events.finish_reasons, strict=True):
             if reason is not None:
                 self._forget(seq_id)
-        tokens = self._scheduler.take_constrained_tokens()
-        if tokens and self._masks is not None:
+        if tokens := self._scheduler.take_constrained_tokens():
             self._masks.advance([(sequence.seq_id, token_ids) for sequence, token_ids in tokens])
         if events.seq_ids:
             self._post(events)
+        for sequence in self._scheduler.take_stuck():
+            self._fail(
+                sequence.seq_id,
+                "banned_strings leave no likely token to go on with; send fewer, or none that are "
+                "so short",
+            )
 
     def _take_masks(self, ready: MasksReady) -> None:
         for seq_id, allowed in ready.masks:
@@ -187,9 +194,19 @@ class Engine:
             if sequence is not None:
                 self._scheduler.allow(sequence, allowed)
         for seq_id, error in ready.failures:
-            if seq_id in self._sequences:
-                self._end(seq_id, SequenceStatus.ABORTED)
-                self._post(GrammarFailed(seq_id=seq_id, error=error))
+            self._fail(seq_id, error)
+
+    def _take_watch(self, ready: WatchReady) -> None:
+        sequence = self._sequences.get(ready.seq_id)
+        if ready.watch is None:
+            self._fail(ready.seq_id, ready.failure)
+        elif sequence is not None:
+            self._scheduler.watch(sequence, ready.watch)
+
+    def _fail(self, seq_id: int, error: str) -> None:
+        if seq_id in self._sequences:
+            self._end(seq_id, SequenceStatus.ABORTED)
+            self._post(GrammarFailed(seq_id=seq_id, error=error))
 
     def _add(self, message: Submit) -> None:
         sequence = Sequence(
@@ -198,14 +215,17 @@ class Engine:
             sampling=message.sampling,
             admission=message.admission,
             is_constrained=message.grammar is not None,
+            is_watched=message.banned is not None,
         )
         self._sequences[message.seq_id] = sequence
         if message.mark is not None:
             self._timer.note_arrival(message.seq_id, message.mark)
         self._scheduler.add(sequence)
         if message.grammar is not None:
-            assert self._masks is not None, "a grammar comes only where it was found to compile"
+            assert message.banned is None, "nothing that a grammar demands is withdrawn"
             self._masks.begin(message.seq_id, message.grammar)
+        if message.banned is not None:
+            self._masks.watch(message.seq_id, message.banned, message.prompt_token_ids)
         account = message.admission.account
         self._recorder.note_arrival(message.seq_id, account, time.monotonic())
 
@@ -216,8 +236,7 @@ class Engine:
             self._scheduler.end(sequence, status)
 
     def _forget(self, seq_id: int) -> Sequence | None:
-        if self._masks is not None:
-            self._masks.forget(seq_id)
+        self._masks.forget(seq_id)
         times = self._timer.take(seq_id, time.monotonic())
         if times is not None:
             self._post(times)

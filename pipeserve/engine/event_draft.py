@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pipeserve.core.batch import StepLogprobs
 from pipeserve.engine.messages import FinishReason, TokenEvents, TokenLogprobs
 from pipeserve.engine.sequence import Sequence
+from pipeserve.engine.watched_output import OutputToken
 
 
 @dataclass(slots=True, eq=False)
@@ -25,11 +26,35 @@ class EventDraft:
 
     def add(self, sequence: Sequence, token_id: int, reason: FinishReason | None, at: int) -> None:
         """A token of a sequence; `at` is its row in the step's log-probabilities."""
+        if sequence.watched is not None:
+            self._add_watched(sequence, reason)
+            return
+        if sequence.num_output_tokens == 1:
+            self._note_cached(sequence)
         self.seq_ids.append(sequence.seq_id)
         self.token_ids.append(token_id)
         self.finish_reasons.append(reason)
         self.logprobs.append(self._logprobs(sequence, at))
-        if sequence.num_output_tokens == 1 and sequence.num_cached_tokens:
+
+    def token(self, sequence: Sequence, token_id: int, at: int) -> OutputToken:
+        """For those that are not told at once."""
+        return OutputToken(token_id=token_id, logprobs=self._logprobs(sequence, at))
+
+    def _add_watched(self, sequence: Sequence, reason: FinishReason | None) -> None:
+        """Whatever of its tokens cannot be withdrawn any more."""
+        watched = sequence.watched
+        assert watched is not None, "a watched sequence"
+        if not watched.has_told:
+            self._note_cached(sequence)
+        told = watched.tell(is_last=reason is not None)
+        for token in told:
+            self.seq_ids.append(sequence.seq_id)
+            self.token_ids.append(token.token_id)
+            self.finish_reasons.append(reason if token is told[-1] else None)
+            self.logprobs.append(token.logprobs)
+
+    def _note_cached(self, sequence: Sequence) -> None:
+        if sequence.num_cached_tokens:
             self.num_cached_tokens.append((sequence.seq_id, sequence.num_cached_tokens))
 
     def build(self) -> TokenEvents:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeserve.config import Config
 from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.batch import PipelineFacts, PromptLogprobs
-from pipeserve.core.constraint import Grammar
+from pipeserve.core.constraint import BannedStrings, Grammar
 from pipeserve.core.layout import LayoutSurvey
 from pipeserve.core.loading import LoadEvent
 from pipeserve.core.sampling import SamplingParams
@@ -54,6 +54,8 @@ class Submit:
     """What the answer must match."""
     mark: TraceMark | None = None
     """None where nobody wants to know its times."""
+    banned: BannedStrings | None = None
+    """What it must not hold; not beside a grammar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvents:
-    """Engine to front, once per step: one token for each of these sequences.
+    """Engine to front, once per step: one token for each of these sequences, or several in their
+    order where they were kept back because they might have been withdrawn.
 
     The four tuples run in parallel. A finish reason marks the sequence's last token. The token
     that ends a sequence (a stop token) is included.
@@ -150,7 +153,8 @@ class ReplicasChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrammarFailed:
-    """Engine to front: this sequence's grammar cannot be followed any further; it has ended."""
+    """Engine to front: this sequence's grammar cannot be followed any further, or what it must not
+    hold leaves it nothing to say; it has ended."""
 
     seq_id: int
     error: str

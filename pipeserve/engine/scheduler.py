@@ -6,16 +6,16 @@ Owned by the engine thread; no clock, no thread, no torch: a pure function of wh
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 
 from pipeserve.core.batch import MicroBatch, PipelineFacts, StepOutput
-from pipeserve.core.constraint import FreeRun, WordArray
+from pipeserve.core.constraint import FreeRun, TextWatch, WordArray
 from pipeserve.engine.attention_cost import AttentionCost, StepWork
 from pipeserve.engine.block_pool import BlockPool
 from pipeserve.engine.cohorts import Cohorts
 from pipeserve.engine.event_draft import EventDraft
 from pipeserve.engine.messages import FinishReason, TokenEvents
+from pipeserve.engine.parking import Parking
 from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.precedence import Precedence
 from pipeserve.engine.prefill_budget import PrefillBudget
@@ -24,7 +24,9 @@ from pipeserve.engine.reserve import OutputReserve
 from pipeserve.engine.room import Room
 from pipeserve.engine.sequence import Sequence, SequenceStatus
 from pipeserve.engine.step_draft import Chunk, StepDraft
+from pipeserve.engine.step_in_flight import StepInFlight
 from pipeserve.engine.waiting_line import WaitingLine
+from pipeserve.engine.watched_output import WatchedOutput
 
 MAX_LOOKED_AT = 64
 """Waiting sequences that are considered for one micro-batch."""
@@ -33,15 +35,6 @@ MOST_SCORED = 256
 TURN_BY_ARRIVAL = 8
 """Of so many steps, one computes prompts in the order of arrival: whose turn never comes by
 priority and shares, holds its row not for ever."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _StepInFlight:
-    """A submitted step: who is owed its tokens, each with its generation at that time."""
-
-    step_id: int
-    sampling: tuple[tuple[Sequence, int], ...]
-    work: StepWork
 
 
 class Scheduler:
@@ -65,6 +58,7 @@ class Scheduler:
             self.pool, block_size=facts.block_size, is_shared=self.policy.shares_prefixes
         )
         self.num_preemptions = 0
+        self.num_withdrawals = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self._line = WaitingLine(max_wait_s=self.policy.max_wait_s)
@@ -87,17 +81,17 @@ class Scheduler:
             num_look_ahead=facts.num_look_ahead,
             is_balanced=self.policy.balances_cohorts,
         )
-        self._in_flight: deque[_StepInFlight] = deque()
+        self._in_flight: deque[StepInFlight] = deque()
         self._next_step_id = 0
-        self._parked: dict[Sequence, Callable[[Sequence], None]] = {}
-        """Those that are in no line before their mask has come, and how they get into it."""
+        self._parking = Parking()
         self._constrained_tokens: list[tuple[Sequence, tuple[int, ...]]] = []
+        self._stuck: list[Sequence] = []
         self._num_decode_steps = 0  # since the last step with prompt chunks only
         self._num_prompt_steps = 0  # steps in which prompts had their turn
 
     @property
     def num_waiting(self) -> int:
-        return len(self._line) + len(self._parked)
+        return len(self._line) + len(self._parking)
 
     @property
     def num_running(self) -> int:
@@ -117,35 +111,38 @@ class Scheduler:
         self._line.now_s = now_s
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence; a constrained one from its first mask on."""
+        """Queue a new sequence; a constrained one from its first mask on, a watched one from its
+        watch on."""
         assert (
             sequence.num_prompt_tokens + sequence.sampling.max_tokens <= self.facts.context_length
         ), "prompt and output fit the context"
-        self._wait(sequence, self._line.arrive)
+        self._parking.pass_by(sequence, self._line.arrive)
 
-    def _wait(self, sequence: Sequence, enter_line: Callable[[Sequence], None]) -> None:
-        if sequence.awaits_mask:
-            self._parked[sequence] = enter_line
-        else:
-            enter_line(sequence)
+    def watch(self, sequence: Sequence, watch: TextWatch) -> None:
+        """What sees which tokens of a watched sequence are to be withdrawn."""
+        sequence.watched = WatchedOutput(watch, vocab_size=self.facts.vocab_size)
+        self._parking.leave(sequence)
 
     def allow(self, sequence: Sequence, allowed: WordArray | FreeRun) -> None:
         """What a constrained sequence's next token, or tokens, may be."""
         sequence.allow(allowed)
-        enter_line = self._parked.pop(sequence, None)
-        if enter_line is not None:
-            enter_line(sequence)
+        self._parking.leave(sequence)
 
     def take_constrained_tokens(self) -> list[tuple[Sequence, tuple[int, ...]]]:
         """Constrained sequences whose masks are wanted next, and their tokens since the last."""
         taken, self._constrained_tokens = self._constrained_tokens, []
         return [(sequence, token_ids) for sequence, token_ids in taken if not sequence.is_ended]
 
+    def take_stuck(self) -> list[Sequence]:
+        """Those that found since the last call that nothing likely is left to them."""
+        stuck, self._stuck = self._stuck, []
+        return stuck
+
     def end(self, sequence: Sequence, status: SequenceStatus) -> None:
         """FINISHED or ABORTED: free all that the sequence holds; what is in flight is dropped."""
         if sequence.status is SequenceStatus.RUNNING:
             self._give_back(sequence)
-        elif self._parked.pop(sequence, None) is None:
+        elif not self._parking.remove(sequence):
             self._line.remove(sequence)
         if status is SequenceStatus.FINISHED:
             self.reserve.note_finished(sequence.num_output_tokens)
@@ -154,8 +151,19 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.release(SequenceStatus.WAITING)
-        self._wait(sequence, self._line.add)
+        self._parking.pass_by(sequence, self._line.add)
         self.num_preemptions += 1
+
+    def _withdraw(self, sequence: Sequence, num_tokens: int) -> None:
+        """Its last known tokens were not to be written. It waits as after a preemption, with what
+        comes before them, whose full blocks it finds again."""
+        self._give_back(sequence)
+        sequence.release(SequenceStatus.WAITING)
+        sequence.withdraw(num_tokens, block_size=self.facts.block_size)
+        self._line.add(sequence)
+        self.num_withdrawals += 1
+        if sequence.watched is not None and sequence.watched.is_stuck:
+            self._stuck.append(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         assert sequence.row is not None, "a running sequence has a row"
@@ -346,8 +354,7 @@ class Scheduler:
         """Record the submitted step: its tokens count as computed, its samples as on their way."""
         step_id, work = self._next_step_id, StepWork.of(draft)
         self._next_step_id += 1
-        chunks = draft.chunks
-        for chunk in chunks:
+        for chunk in draft.chunks:
             sequence = chunk.sequence
             sequence.num_computed_tokens += chunk.num_tokens
             if chunk.samples:
@@ -357,13 +364,7 @@ class Scheduler:
                     self._cohorts.join(sequence)
         for chunk in draft.prefill:
             self.prefix_cache.name_computed(chunk.sequence)
-        self._in_flight.append(
-            _StepInFlight(
-                step_id=step_id,
-                sampling=tuple((c.sequence, c.sequence.generation) for c in chunks if c.samples),
-                work=work,
-            )
-        )
+        self._in_flight.append(StepInFlight.of(draft, step_id=step_id, work=work))
 
     def update(self, output: StepOutput) -> TokenEvents:
         """Take in what a step sampled, end the sequences that are complete, and say what is new.
@@ -381,15 +382,22 @@ class Scheduler:
             if sequence.generation != generation:  # it ended or was preempted meanwhile
                 continue
             token_id = int(output.token_ids[index])
-            events.add(sequence, token_id, self._append_token(sequence, token_id), index)
             served[sequence.admission.account] += 1
+            if sequence.watched is not None:
+                is_text = token_id not in sequence.sampling.stop_token_ids
+                newest = events.token(sequence, token_id, index)
+                if num_tokens := sequence.watched.take(newest, is_text=is_text):
+                    self._withdraw(sequence, num_tokens - 1)  # the newest is not known yet
+                    continue
+            events.add(sequence, token_id, self._append_token(sequence, token_id), index)
         for account, num_tokens in served.items():
             self._line.charge(account, num_tokens)
         self.num_generated_tokens += len(events.token_ids)
         return events.build()
 
     def _append_token(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        if sequence.num_output_tokens == 0:
+        if not sequence.has_begun:
+            sequence.has_begun = True
             self.num_prompt_tokens += sequence.num_prompt_tokens
         sequence.token_ids.append(token_id)
         sequence.num_in_flight -= 1

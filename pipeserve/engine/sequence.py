@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.constraint import FreeRun, WordArray
 from pipeserve.core.sampling import SamplingParams
+from pipeserve.engine.watched_output import WatchedOutput
 
 
 class SequenceStatus(enum.Enum):
@@ -63,6 +64,12 @@ class Sequence:
     """Of a free run: how many tokens were known when it began."""
     is_rewound: bool = False
     """Whether its newest token is to be computed again, in the row that it has."""
+    is_watched: bool = False
+    """Whether its text must not hold certain strings."""
+    watched: WatchedOutput | None = None
+    """Of a watched one; None before its watch is there."""
+    has_begun: bool = False
+    """Whether a token was ever known."""
     token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     row: int | None = None
@@ -140,6 +147,18 @@ class Sequence:
         return self.wants_token and num_free < run.max_tokens
 
     @property
+    def is_unready(self) -> bool:
+        """Whether it need not take a row yet."""
+        return self.awaits_mask or (self.is_watched and self.watched is None)
+
+    @property
+    def next_mask(self) -> WordArray | None:
+        """What the token of its next step may be; None: any."""
+        if self.watched is not None:
+            return self.watched.mask_at(self.num_output_tokens + self.num_in_flight)
+        return self.mask_W
+
+    @property
     def is_ended(self) -> bool:
         return not TRANSITIONS[self.status]
 
@@ -209,3 +228,10 @@ class Sequence:
         self.last_sample_step = None
         self.num_prefill_tokens = 0
         self.generation += 1
+
+    def withdraw(self, num_tokens: int, *, block_size: int) -> None:
+        """While WAITING: the last known tokens were never generated."""
+        assert self.status is SequenceStatus.WAITING, "it is computed anew from there"
+        assert num_tokens <= self.num_output_tokens, "the prompt stays"
+        del self.token_ids[len(self.token_ids) - num_tokens :]
+        del self.block_hashes[len(self.token_ids) // block_size :]

@@ -96,7 +96,7 @@ class StepDraft:
 
 
 def _masks(sampled: list[Sequence]) -> StepMasks | None:
-    masks = [(at, s.mask_W) for at, s in enumerate(sampled) if s.mask_W is not None]
+    masks = [(at, mask) for at, s in enumerate(sampled) if (mask := s.next_mask) is not None]
     if not masks:
         return None
     return StepMasks(

@@ -234,6 +234,7 @@ async def open_choices(
                 sequence.sampling,
                 admission,
                 grammar=plan.grammar,
+                banned=plan.banned,
                 timeout_s=timeout_s,
                 mark=_mark(index, record),
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeserve.core.admission import AdmissionParams
-from pipeserve.core.constraint import Grammar
+from pipeserve.core.constraint import BannedStrings, Grammar
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.errors import InvalidParameterError, PromptTooLongError
 from pipeserve.server.answer_grammar import chat_grammar, form_grammar
@@ -55,12 +55,22 @@ class Plan:
     """As the request has it."""
     grammar: Grammar | None = None
     """What every answer must match; None: anything."""
+    banned_strings: tuple[str, ...] = ()
+    """What no answer may hold."""
     shown_token_ids: tuple[int, ...] = ()
     """Control tokens whose names count as text."""
     generates: bool = True
     """False: the one token that each sequence generates is dropped, only the prompt is wanted."""
     scores_end: bool = False
     """Whether the token that ends an answer has its place among the log-probabilities."""
+
+    @property
+    def banned(self) -> BannedStrings | None:
+        if not self.banned_strings:
+            return None
+        return BannedStrings(
+            strings=self.banned_strings, stop=self.stop, shown_token_ids=self.shown_token_ids
+        )
 
     @property
     def has_logprobs(self) -> bool:
@@ -187,6 +197,7 @@ def _plan(
     further_ends: frozenset[int] = frozenset(),
 ) -> Plan:
     """further_ends: tokens that end an answer besides those that always do."""
+    _check_banned(request, grammar)
     seeds = request.choice_seeds()
     limits = [_max_tokens(request, len(prompt), services, param=param) for prompt in prompts]
     # Made once: a logit_bias can name the whole vocabulary, and all sequences share it.
@@ -221,7 +232,30 @@ def _plan(
         admission=request.admission,
         timeout_s=request.timeout,
         grammar=grammar,
+        banned_strings=request.all_banned_strings,
     )
+
+
+def _check_banned(request: GenerationRequest, grammar: Grammar | None) -> None:
+    """Refuse what cannot go back: a grammar's way, and a threshold that follows what was drawn."""
+    if grammar is not None:
+        field = request.form_field or _field_of(grammar)
+    elif request.mirostat == 2:
+        field = "mirostat"
+    else:
+        return
+    if request.all_banned_strings:
+        raise InvalidParameterError(
+            f"banned_strings is given and so is {field}, which cannot take tokens back; leave one "
+            "of them out",
+            param="banned_strings",
+        )
+
+
+def _field_of(grammar: Grammar) -> str:
+    if grammar.calls is not None:
+        return "tools"
+    return "tool_choice" if grammar.definition else "thinking_token_budget"
 
 
 def _max_tokens(

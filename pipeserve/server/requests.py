@@ -37,7 +37,6 @@ class StreamOptions(Body):
 
 
 _ECHO = "send echo and logprobs to /v1/completions"
-_NO_BANNED_STRINGS = "leave it out, or ban single tokens by logit_bias"
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -88,7 +87,7 @@ class GenerationRequest(FormRequest, SamplerFields):
     prompt_logprobs: Annotated[Any, Refused(_ECHO, False)] = None
     use_beam_search: Annotated[Any, Refused("leave it out", False)] = None
 
-    bad_words: Annotated[Any, Refused(_NO_BANNED_STRINGS, [])] = None
+    bad_words: Annotated[Any, Refused("send banned_strings", [])] = None
     allowed_token_ids: Annotated[Any, Refused("send logit_bias", [])] = None
     truncate_prompt_tokens: Annotated[Any, Refused("shorten the prompt")] = None
     include_stop_str_in_output: Annotated[Any, Refused("add the stop string yourself", False)] = (

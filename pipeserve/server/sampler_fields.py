@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from pipeserve.core.sampler_chain import (
     DEFAULT_ORDER,
@@ -20,7 +20,7 @@ from pipeserve.core.sampler_chain import (
     SamplerChain,
     SamplerName,
 )
-from pipeserve.server.body import Body, shown
+from pipeserve.server.body import Body, kind_of_text, shown
 
 DEFAULT_REPEAT_LAST_N = 64
 DEFAULT_DRY_BREAKERS = ("\n", ":", '"', "*")
@@ -28,6 +28,8 @@ DEFAULT_DRY_BREAKERS = ("\n", ":", '"', "*")
 MAX_BREAKERS = 32
 MAX_BREAKER_CHARACTERS = 40
 MAX_SAMPLERS = 20
+MAX_BANNED_STRINGS = 200
+MAX_BANNED_CHARACTERS = 100
 
 _OTHER_NAMES = {
     "temp": SamplerName.TEMPERATURE,
@@ -37,6 +39,8 @@ _OTHER_NAMES = {
     "typ": SamplerName.TYPICAL_P,
 }
 _SAMPLER_NAMES = {name.value: name for name in DEFAULT_ORDER} | _OTHER_NAMES
+
+BannedString = Annotated[str, Field(min_length=1, max_length=MAX_BANNED_CHARACTERS)]
 
 Window = Annotated[int, Field(ge=-1, le=WHOLE_SEQUENCE)]
 """Tokens; -1 means the whole sequence, and 0 none."""
@@ -75,6 +79,21 @@ class SamplerFields(Body):
     or repeat_penalty; else the penalties are OpenAI's, over the whole sequence."""
     repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     """llama-server's name of repetition_penalty; wins where both are given."""
+    banned_strings: (
+        Annotated[
+            Annotated[BannedString, Tag("<text>")]
+            | Annotated[
+                tuple[BannedString, ...], Field(max_length=MAX_BANNED_STRINGS), Tag("<list>")
+            ],
+            Discriminator(kind_of_text),
+        ]
+        | None
+    ) = None
+    """TabbyAPI's: the answer never holds one of these, whatever its capitals. What may begin one is
+    kept back; once one is complete, the answer goes back to before its first token (of those that
+    were not sent yet), which is banned in that place from then on, and on from there. Thoughts
+    count as the answer, and what a stop string cuts off does not. Not beside what says something of
+    the answer's form (tools and limits of thoughts, too), nor mirostat."""
 
     @field_validator("samplers")
     @classmethod
@@ -84,6 +103,13 @@ class SamplerFields(Body):
                 known = ", ".join(sampler.value for sampler in DEFAULT_ORDER)
                 raise ValueError(f"{shown(name)} is no sampler of this version; known are {known}")
         return names
+
+    @field_validator("banned_strings")
+    @classmethod
+    def _check_banned(cls, strings: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if any("\ufffd" in each for each in strings or ()):
+            raise ValueError("U+FFFD stands for bytes that are no text; leave it out")
+        return strings
 
     @field_validator("mirostat")
     @classmethod
@@ -120,6 +146,12 @@ class SamplerFields(Body):
             xtc_threshold=chain.xtc_threshold, dynatemp_exponent=chain.dynatemp_exponent
         )
         return None if is_plain and self.samplers is None else chain
+
+    @property
+    def all_banned_strings(self) -> tuple[str, ...]:
+        """Whether one or several were sent."""
+        strings = self.banned_strings or ()
+        return (strings,) if isinstance(strings, str) else strings
 
     @property
     def _order(self) -> tuple[SamplerName, ...]:

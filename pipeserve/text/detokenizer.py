@@ -7,12 +7,27 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from pipeserve.text.tokenizer import Tokenizer
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 _MOST_BYTES_OF_CHARACTER = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetokenizerMark:
+    """Where a Detokenizer stands between two tokens."""
+
+    decoder: tuple[bytes, int]
+    """Its state: the bytes of an incomplete character first."""
+    strips_space: bool
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the next character has begun."""
+        return bool(self.decoder[0])
 
 
 class Detokenizer:
@@ -45,7 +60,8 @@ class Detokenizer:
             token_id: tokenizer.token_bytes(token_id, skip_special=False)
             for token_id in shown_token_ids
         }
-        self._decode = _UTF8(errors="replace").decode
+        self._decoder = _UTF8(errors="replace")
+        self._decode = self._decoder.decode
         for token_id in prompt_token_ids[-_MOST_BYTES_OF_CHARACTER:]:
             self._decode(tokenizer.token_bytes(token_id))
         self._strips_space = tokenizer.strips_leading_space and all(
@@ -66,6 +82,16 @@ class Detokenizer:
             piece = piece.removeprefix(b" ")
         text = self._decode(piece)
         return text if self._stops is None else self._stops.push(text)
+
+    def mark(self) -> DetokenizerMark:
+        """For go_back; stop strings cannot be unseen."""
+        assert self._stops is None, "without stop strings"
+        return DetokenizerMark(decoder=self._decoder.getstate(), strips_space=self._strips_space)
+
+    def go_back(self, mark: DetokenizerMark) -> None:
+        """Forget the tokens since then."""
+        self._decoder.setstate(mark.decoder)
+        self._strips_space = mark.strips_space
 
     def finish(self) -> str:
         """The text that was held back; call it once, after the last token."""

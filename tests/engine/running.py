@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeserve.core.batch import PipelineFacts
-from pipeserve.core.constraint import ConstraintFactory
+from pipeserve.core.constraint import ConstraintFactory, WatchFactory
 from pipeserve.engine.client import EngineClient
 from pipeserve.engine.engine import Engine, Inbox
 from pipeserve.engine.messages import EngineMessage, SequenceTimes
@@ -32,6 +32,7 @@ async def running_engine(
     max_queued_tokens: int | None = None,
     constraints: ConstraintFactory | None = None,
     take_times: Callable[[SequenceTimes], None] | None = None,
+    watches: WatchFactory | None = None,
     **pipeline_options: Any,
 ) -> AsyncIterator[RunningEngine]:
     """Engine, client and fake pipeline; ended when the context is left."""
@@ -55,6 +56,7 @@ async def running_engine(
         post=to_loop,
         stage_timeout_s=stage_timeout_s,
         constraints=constraints,
+        watches=watches,
     )
     engine.start()
     try:

@@ -24,7 +24,7 @@ from pipeserve.core.batch import (
     StepMasks,
     StepOutput,
 )
-from pipeserve.core.constraint import Grammar
+from pipeserve.core.constraint import BannedStrings, Grammar
 from pipeserve.core.layout import LayoutForecast, LayoutSurvey
 from pipeserve.core.loading import LoadNotice, LoadReport, StageProgress
 from pipeserve.core.sampling import SamplingParams
@@ -73,6 +73,12 @@ EXAMPLES: tuple[Any, ...] = (
     Submit(seq_id=1, prompt_token_ids=(1, 2), sampling=SAMPLING),
     Submit(
         seq_id=2, prompt_token_ids=(1,), sampling=SAMPLING, grammar=Grammar(definition="start: A")
+    ),
+    Submit(
+        seq_id=3,
+        prompt_token_ids=(1,),
+        sampling=SAMPLING,
+        banned=BannedStrings(strings=("a", "b"), stop=("c",), shown_token_ids=(7,)),
     ),
     GrammarFailed(seq_id=1, error="too complex"),
     Finish(seq_id=1),
@@ -184,7 +190,7 @@ def test_every_message_has_an_example() -> None:
         for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
     }
     nested = {AdmissionParams, SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
-    nested |= {Grammar, StageWork, StepMasks, TraceMark}
+    nested |= {BannedStrings, Grammar, StageWork, StepMasks, TraceMark}
     assert {type(message) for message in EXAMPLES} == defined - nested
     unions = (messages.FrontMessage, messages.RouterMessage, messages.StartMessage)
     assert {kind for union in unions for kind in get_args(union)} <= defined

@@ -16,6 +16,7 @@ from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.reserve import MEMORY
 from pipeserve.engine.scheduler import Scheduler
 from pipeserve.engine.sequence import Sequence, SequenceStatus
+from tests.engine.watching import BANNED, watch_for, watched_tokens
 from tests.fakes import FakeStages, checksum_token, expected_tokens, facts, mask_of, take_by_number
 
 ADMISSIONS = st.builds(
@@ -68,8 +69,12 @@ class ConstrainedTokens:
         return token_id
 
 
-def expected_of(sequence: Sequence) -> list[int]:
+def expected_of(sequence: Sequence, banned: tuple[str, ...]) -> list[int]:
     """The tokens that it has alone."""
+    if sequence.is_watched:
+        expected = watched_tokens(sequence.prompt_token_ids, sequence.sampling, banned)
+        assert expected is not None, "little is banned"
+        return expected
     next_token = ConstrainedTokens() if sequence.is_constrained else checksum_token
     return expected_tokens(sequence.prompt_token_ids, sequence.sampling, next_token)
 
@@ -114,6 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live: dict[int, Sequence] = {}
         self.tokens: dict[int, list[int]] = {}
         self.told: dict[int, int] = {}
+        self.banned: dict[int, tuple[str, ...]] = {}
         self.num_submitted = 0
         self.now_s = 0.0
 
@@ -126,6 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = [*(position % 3 for position in range(num_same)), *own] or [0]
         max_tokens = data.draw(st.integers(1, context - len(prompt)))
         stops = data.draw(st.sets(st.integers(ord("a"), ord("z")), max_size=3))
+        kind = data.draw(st.sampled_from(["plain", "plain", "constrained", "watched"]))
         sequence = Sequence(
             seq_id=self.num_submitted,
             prompt_token_ids=tuple(prompt),
@@ -136,12 +143,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_prompt_logprobs=data.draw(st.sampled_from([None, None, None, 0])),
             ),
             admission=admission,
-            is_constrained=data.draw(st.sampled_from([False, False, True])),
+            is_constrained=kind == "constrained",
+            is_watched=kind == "watched",
         )
         self.num_submitted += 1
         self.live[sequence.seq_id] = sequence
         self.tokens[sequence.seq_id] = []
         self.told[sequence.seq_id] = 0
+        self.banned[sequence.seq_id] = data.draw(st.sampled_from(BANNED))
         self.scheduler.add(sequence)
 
     @rule(seconds=st.sampled_from([0.1, 2.0]))
@@ -158,7 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         sequence = self.live.pop(data.draw(st.sampled_from(sorted(self.live))))
         self.scheduler.end(sequence, status)
         sent = self.tokens[sequence.seq_id]
-        expected = expected_of(sequence)
+        expected = expected_of(sequence, self.banned[sequence.seq_id])
         assert sent == expected[: len(sent)]
 
     @property
@@ -174,6 +183,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def find_mask(self, data: st.DataObject) -> None:
         self.tell_mask(data.draw(st.sampled_from(self.awaiting)))
+
+    @property
+    def unwatched(self) -> list[int]:
+        return sorted(i for i, each in self.live.items() if each.is_watched and not each.watched)
+
+    def give_watch(self, seq_id: int) -> None:
+        self.scheduler.watch(self.live[seq_id], watch_for(*self.banned[seq_id]))
+
+    @precondition(lambda self: self.unwatched)
+    @rule(data=st.data())
+    def make_watch(self, data: st.DataObject) -> None:
+        self.give_watch(data.draw(st.sampled_from(self.unwatched)))
 
     @rule(count=st.integers(1, 4))
     def schedule(self, count: int) -> None:
@@ -206,7 +227,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.check_complete(self.live.pop(seq_id), reason)
 
     def check_complete(self, sequence: Sequence, reason: FinishReason) -> None:
-        expected = expected_of(sequence)
+        expected = expected_of(sequence, self.banned[sequence.seq_id])
         assert self.tokens[sequence.seq_id] == expected
         is_stop = expected[-1] in sequence.sampling.stop_token_ids
         assert reason is (FinishReason.STOP if is_stop else FinishReason.LENGTH)
@@ -238,6 +259,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         while self.live or self.scheduler.has_steps_in_flight:
             for seq_id in self.awaiting:
                 self.tell_mask(seq_id)
+            for seq_id in self.unwatched:
+                self.give_watch(seq_id)
             while (batch := self.scheduler.schedule()) is not None:
                 self.stages.submit(batch)
             ready = self.stages.ready_stages
