@@ -524,10 +524,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     cluster_sync();
     u32 kept = shared_address(stages), first_rank = work.parts == 1 ? cluster_rank() : 0;
     switch (work.parts) {
-        case 1: store_sums<1>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride); break;
-        case 2: store_sums<2>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride); break;
-        case 4: store_sums<4>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride); break;
-        default: store_sums<8>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+        case 1:
+            store_sums<1>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+            break;
+        case 2:
+            store_sums<2>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+            break;
+        case 4:
+            store_sums<4>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+            break;
+        default:
+            store_sums<8>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
     }
     __syncwarp();
     cluster_sync();  // no block ends while others read its sums

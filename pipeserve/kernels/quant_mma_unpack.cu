@@ -81,7 +81,8 @@ DEVICE u32 shifted(u32 word, int left) { return left >= 0 ? word << left : word 
 // from bit 8 * ODD up, shifted so that the first of their unit's bits are the lowest.
 template <int UPPER, int ODD>
 DEVICE u32 code_pair(u32 low, u32 high) {
-    if (LOW_BITS == 8) return add2(and_or(low >> 8 * ODD, 0x00FF00FFu, EXPONENTS), minus(1024 + 128));
+    if (LOW_BITS == 8)
+        return add2(and_or(low >> 8 * ODD, 0x00FF00FFu, EXPONENTS), minus(1024 + 128));
     constexpr int at = LOW_BITS * UPPER;
     constexpr u32 mask = (1u << LOW_BITS) - 1 << at;
     u32 pair = and_or(low >> 8 * ODD, mask * 0x10001u, EXPONENTS);
