@@ -20,7 +20,8 @@ MAX_TAIL_TOKENS = 128
 """Of all sequence breakers together: each is compared along the whole window."""
 _MAX_GROUPS = 63
 """One bit each."""
-_MAX_COUNTED_REPEAT = 4096
+_MAX_COUNTED_REPEAT = 256
+_MAX_ALLOWED_REPEAT = 256
 _LOG_MAX_FLOAT32 = 88.7228391
 
 
@@ -77,7 +78,7 @@ class Dry:
     def __post_init__(self) -> None:
         _check("dry_multiplier", self.multiplier, 0.0, 1000.0)
         _check("dry_base", self.base, 1.0, 1000.0)
-        _check("dry_allowed_length", self.allowed_length, 0, WHOLE_SEQUENCE)
+        _check("dry_allowed_length", self.allowed_length, 0, _MAX_ALLOWED_REPEAT)
         num_tokens = sum(len(group.tail) for group in self.breakers)
         if num_tokens > MAX_TAIL_TOKENS or len(self.breakers) > _MAX_GROUPS:
             raise InvalidParameterError(
@@ -94,7 +95,7 @@ class Dry:
         most = _MAX_COUNTED_REPEAT
         if self.base > 1.000001:
             most = min(most, int(_LOG_MAX_FLOAT32 / math.log(self.base)))
-        return min(self.allowed_length + most, WHOLE_SEQUENCE)
+        return self.allowed_length + most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

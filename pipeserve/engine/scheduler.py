@@ -155,12 +155,23 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _withdraw(self, sequence: Sequence, num_tokens: int) -> None:
-        """Its last known tokens were not to be written. It waits as after a preemption, with what
-        comes before them, whose full blocks it finds again."""
-        self._give_back(sequence)
-        sequence.release(SequenceStatus.WAITING)
-        sequence.withdraw(num_tokens, block_size=self.facts.block_size)
-        self._line.add(sequence)
+        """Its last known tokens were not to be written. It computes anew from the block of the last
+        one that stays: in its row if there is a block for that, else as after a preemption."""
+        num_whole = (len(sequence.token_ids) - num_tokens - 1) // self.facts.block_size
+        dropped = sequence.block_table[num_whole:]
+        if self.pool.num_free or self.pool.count_private(dropped):
+            self._cohorts.leave(sequence)
+            self.pool.free(dropped)
+            # Blocks that are full may have other users, or get some: none is written to again.
+            taken = self.pool.allocate(1)
+            assert taken is not None, "one is free"
+            sequence.cut_back(num_tokens, num_whole, taken, block_size=self.facts.block_size)
+            self._prefilling[sequence] = None
+        else:
+            self._give_back(sequence)
+            sequence.release(SequenceStatus.WAITING)
+            sequence.withdraw(num_tokens, block_size=self.facts.block_size)
+            self._line.add(sequence)
         self.num_withdrawals += 1
         if sequence.watched is not None and sequence.watched.is_stuck:
             self._stuck.append(sequence)

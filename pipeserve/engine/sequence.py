@@ -229,9 +229,23 @@ class Sequence:
         self.num_prefill_tokens = 0
         self.generation += 1
 
+    def cut_back(
+        self, num_tokens: int, num_whole: int, block_ids: list[int], *, block_size: int
+    ) -> None:
+        """While RUNNING: as withdraw; the first num_whole blocks stay, then come block_ids."""
+        assert self.status is SequenceStatus.RUNNING, "it keeps its row"
+        self._drop_last(num_tokens, block_size)
+        self.block_table[num_whole:] = block_ids
+        self.num_named_blocks = min(self.num_named_blocks, num_whole)
+        self.rewind()
+        self.num_computed_tokens = num_whole * block_size
+
     def withdraw(self, num_tokens: int, *, block_size: int) -> None:
         """While WAITING: the last known tokens were never generated."""
         assert self.status is SequenceStatus.WAITING, "it is computed anew from there"
+        self._drop_last(num_tokens, block_size)
+
+    def _drop_last(self, num_tokens: int, block_size: int) -> None:
         assert num_tokens <= self.num_output_tokens, "the prompt stays"
         del self.token_ids[len(self.token_ids) - num_tokens :]
         del self.block_hashes[len(self.token_ids) // block_size :]

@@ -63,7 +63,7 @@ class RequestRecord:
         if self.first_token_at is None or self.last_token_at is None:
             return None
         elapsed_s = self.last_token_at - self.first_token_at
-        return (self.output_tokens - 1) / elapsed_s if elapsed_s > 0 else None
+        return max(0, self.output_tokens - 1) / elapsed_s if elapsed_s > 0 else None
 
     def request_finished(self) -> None:
         """Takes the latency of a complete answer."""

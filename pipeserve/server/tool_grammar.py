@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeserve.core.constraint import Grammar
 from pipeserve.errors import GrammarError
@@ -94,9 +95,24 @@ def _checked(
 
 def _loosened(tool: CallableTool, grammar_of: CallGrammar, services: Services) -> CallableTool:
     loose = replace(tool, is_strict=False)
-    if _problem(grammar_of, [loose], services) is None:
-        return loose
+    plain = replace(loose, parameters=_without_patterns(tool.parameters))
+    for candidate in (loose, plain):
+        if _problem(grammar_of, [candidate], services) is None:
+            return candidate
     return CallableTool(name=tool.name, parameters={})
+
+
+def _without_patterns(schema: Any) -> Any:
+    """The only keywords that no leniency of the compiler takes."""
+    if isinstance(schema, dict):
+        return {
+            key: _without_patterns(value)
+            for key, value in schema.items()
+            if key != "patternProperties" and not (key == "pattern" and isinstance(value, str))
+        }
+    if isinstance(schema, list):
+        return [_without_patterns(each) for each in schema]
+    return schema
 
 
 def _problem(

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pipeserve.core.constraint import BannedStrings, Sighting
 from pipeserve.text.detokenizer import Detokenizer, DetokenizerMark
 from pipeserve.text.tokenizer import Tokenizer
+
+MAX_STEPS_KEPT = 4096
+"""Of Phrases: more than a vocabulary's letters after the ends of a few strings."""
 
 
 class Phrases:
@@ -26,8 +30,10 @@ class Phrases:
             phrase[:length] for phrase in self._whole for length in range(1, len(phrase))
         )
         self.first_letters = frozenset(phrase[0] for phrase in self._whole)
+        self.step = lru_cache(MAX_STEPS_KEPT)(self._step)
+        """See _step; a text that repeats itself costs a look."""
 
-    def step(self, end: str, letter: str) -> tuple[str, int]:
+    def _step(self, end: str, letter: str) -> tuple[str, int]:
         """The text that ended with `end` goes on: its new end, and the length of the longest of
         the strings that it now ends with, or 0."""
         end += letter

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +27,7 @@ from pipeserve.text.word_tokens import WordTokens
 MAX_DEFINITION_CHARACTERS = 1_000_000
 MAX_LEXER_STATES = 50_000
 """Of one answer, 1 to 2 KB each; what else a grammar may take is as llguidance has it."""
-MAX_KEPT = 32
-"""Compiled definitions that are kept: the turns of a chat bring the same tools again and again."""
 MAX_WHITESPACE = 40
-"""Characters between two tokens of JSON: models that are lost like to go on with these for ever."""
 
 Part = dict[str, Any]
 """One grammar of a definition, of which the first is where an answer begins."""
@@ -111,7 +107,6 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._prepared: _Prepared | None = None
-        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 
     def check(self, grammar: Grammar) -> None:
@@ -153,19 +148,11 @@ class GrammarCompiler:
 
     def _masked(self, definition: str) -> GrammarConstraint:
         vocabulary = self._vocabulary()
-        with self._lock:
-            matcher = self._kept.get(definition)
-            if matcher is not None:
-                self._kept.move_to_end(definition)
-        if matcher is None:
-            matcher = self._compile(definition, vocabulary)
-            with self._lock:
-                self._kept[definition] = matcher
-                if len(self._kept) > MAX_KEPT:
-                    self._kept.popitem(last=False)
+        # Anew for each answer: copies share the lexer's states, of which there may be so many.
+        matcher = self._compile(definition, vocabulary)
         guard = NumberGuard(vocabulary.numbers) if _JSON in definition else None
         words = num_words(self._vocab_size)
-        return GrammarConstraint(matcher.deep_copy(), vocabulary.ends, words, guard)
+        return GrammarConstraint(matcher, vocabulary.ends, words, guard)
 
     def _compile(self, definition: str, vocabulary: _Prepared) -> LLMatcher:
         if len(definition) > MAX_DEFINITION_CHARACTERS:

@@ -71,13 +71,20 @@ class ThoughtsFirst:
         most, closing = self._rules.max_tokens, self._rules.closing
         count = num_begun(self._tail, self._closing)
         if most is not None and self._num_tokens >= most:
-            return self._words.mask((self._words.next_of(closing, count),))
+            return self._forced(self._words.mask((self._words.next_of(closing, count),)))
         if self._rules.in_grammar:
             return self._answer.allowed()
         if count >= 2:  # the answer begins with a token of its own
             return self._words.mask_without(self._words.going_beyond(self._closing[count:]))
         left = None if most is None else most - self._num_tokens
         return FreeRun(watched=self._words.watched(closing), max_tokens=left)
+
+    def _forced(self, mask_W: WordArray) -> WordArray | FreeRun:
+        """Within a character no tag can begin; the grammar says how the character may end."""
+        allowed = self._answer.allowed() if self._rules.in_grammar else mask_W
+        if isinstance(allowed, FreeRun) or (allowed & mask_W).any():
+            return mask_W
+        return allowed
 
     def accept(self, token_id: int) -> None:
         match self._place:

@@ -139,7 +139,7 @@ def test_full_blocks_before_the_string_are_not_computed_again() -> None:
         fill(scheduler, stages)
         run_step(scheduler, stages)
         scheduler.check_integrity()
-    assert watched.status is SequenceStatus.WAITING
+    assert watched.status is SequenceStatus.RUNNING, "it keeps its row"
     assert watched.num_output_tokens == 15
     (batch,) = fill(scheduler, stages)[:1]
     assert batch.first_positions_S.tolist() == [16]
@@ -150,6 +150,37 @@ def test_full_blocks_before_the_string_are_not_computed_again() -> None:
         watched.prompt_token_ids, watched.sampling, (string,)
     )
     assert scheduler.num_preemptions == 0
+
+
+def test_one_that_is_withdrawn_from_does_not_queue_again() -> None:
+    """Others come all the time, from accounts that got less: it keeps its row and its prompt."""
+    scheduler, stages = rig(num_stages=1, num_rows=4, num_blocks=256, block_size=4)
+    watched = sequence(7, num_prompt=8, max_tokens=60, account="watched", num_prompt_logprobs=0)
+    watched.is_watched = True
+    scheduler.add(watched)
+    scheduler.watch(watched, watch_for("a", "b", "c", "d"))
+    others: list[Sequence] = []
+    num_steps = num_prefilled = 0
+    while not watched.is_ended:
+        others = [other for other in others if not other.is_ended]
+        while len(others) < 12:
+            name = f"account {(num_steps + len(others)) % 12}"
+            seq_id = 100 + 100 * num_steps + len(others)
+            others.append(sequence(seq_id, num_prompt=8, max_tokens=60, account=name))
+            scheduler.add(others[-1])
+        for batch in fill(scheduler, stages):
+            is_watched = batch.rows_S == watched.row
+            num_prefilled += int(batch.num_tokens_S[is_watched].sum())
+        run_step(scheduler, stages)
+        scheduler.check_integrity()
+        num_steps += 1
+    assert scheduler.num_withdrawals > 10
+    assert num_steps < 8 * 60
+    assert num_prefilled < 8 + 60 + 8 * scheduler.num_withdrawals, "a block or two for each"
+    for other in others:
+        if not other.is_ended:
+            scheduler.end(other, SequenceStatus.ABORTED)
+    run_all(scheduler, stages)
 
 
 def test_preempted_at_the_place_of_a_ban_it_keeps_it() -> None:

@@ -183,10 +183,18 @@ async def test_schemas_that_cannot_be_kept_to() -> None:
 
 
 async def test_a_pattern_that_is_none_is_ignored_unless_strict() -> None:
-    broken = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}
+    """Nothing else of the schema is."""
+    texts = {"a": {"type": "string", "pattern": "("}, "b": {"const": 5}}
+    broken = {"type": "object", "properties": texts, "required": ["a", "b"]}
     function: dict[str, Any] = {"name": "f", "parameters": broken}
     async with speaking("<tool_call>") as server:
-        await ask(server, tools=[{"type": "function", "function": function}], seed=0)
+        tool = {"type": "function", "function": function}
+        calls = [
+            call.function.arguments
+            for seed in range(6)
+            for call in (await ask(server, tools=[tool], seed=seed)).message.tool_calls or ()
+        ]
+        assert all('"b"' in each for each in calls if each.endswith("}"))
         function["strict"] = True
         body = {
             "model": "tiny",

@@ -216,4 +216,4 @@ def test_too_many_tokens_of_breakers() -> None:
 def test_a_longer_repetition_counts_no_more_where_the_penalty_is_beyond_float32() -> None:
     longest = Dry(multiplier=1.0).longest_counted
     assert 1.75 ** (longest - 2) < float(np.finfo(np.float32).max) < 1.75 ** (longest - 1)
-    assert Dry(multiplier=1.0, base=1.0).longest_counted == 4098
+    assert Dry(multiplier=1.0, base=1.0).longest_counted == 258

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 
 from pipeserve.core.constraint import FreeRun, Grammar, Thoughts, TokenConstraint
 from pipeserve.gguf.reader import GGUFFile
-from pipeserve.text.answer_grammar import CallableTool, begun_calls
+from pipeserve.text.answer_grammar import CallableTool, after_thoughts, begun_calls
 from pipeserve.text.call_reader import CallDelta
-from pipeserve.text.grammar import GrammarCompiler
+from pipeserve.text.grammar import GrammarCompiler, json_grammar
+from pipeserve.text.reasoning import ReasoningTags
 from pipeserve.text.tokenizer import Tokenizer
 from pipeserve.text.tool_calls import (
     HERMES,
@@ -332,6 +333,26 @@ def test_thoughts_end_at_their_limit(
         if ends_run(allowed, untold):
             allowed = tell(constraint, untold)
     assert model.tokenizer.decode(written) == f"{kept}</think>"
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 5])
+def test_a_limit_within_a_character_waits_for_its_end(bytewise: Model, most: int) -> None:
+    """Where a grammar has the thoughts, it wants whole characters: two of 2 bytes, one of 3."""
+    tags = ReasoningTags(opening="<think>", closing="</think>")
+    grammar = after_thoughts(json_grammar({"type": "object"}), tags, is_open=True, control={})
+    thoughts = thinking(in_grammar=True, max_tokens=most)
+    constraint = bytewise.compiler.build(replace(grammar, thoughts=thoughts))
+    script, written = "üä€".encode(), b""
+    while not written.endswith(b"</think>"):
+        ids = allowed_ids(constraint.allowed())  # type: ignore[arg-type]
+        following = script[len(written)] if len(written) < len(script) else None
+        token_id = following if following in ids else min(ids)
+        constraint.accept(token_id)
+        written += bytes([token_id])
+    ends = {1: 2, 2: 2, 3: 4, 4: 4, 5: 7}
+    assert written.startswith(script[: min(most, ends[most])])
+    assert len(written.removesuffix(b"</think>")) == ends[most]
+    written.decode()
 
 
 @pytest.mark.parametrize("vocabulary", ["bytewise", "demo"])

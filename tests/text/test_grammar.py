@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,16 @@ def test_a_hostile_grammar_is_followed_or_refused(bytewise: Writer, grammar: Gra
     except GrammarError as error:
         assert "<backtrace>" not in str(error)
         assert str(error)
+
+
+def test_one_answer_after_another_has_all_the_lexers_states(byte_tokenizer: Tokenizer) -> None:
+    """Of this pattern every text makes other states; those of all together are too many."""
+    compiler = Writer(byte_tokenizer).compiler
+    grammar = regex_grammar("[a-z ]*[aeiou][a-z ]{18}[.]")
+    chance = random.Random(0)
+    for _ in range(230):
+        body = "".join(chance.choice("abcdefghij klmno") for _ in range(300))
+        constraint = compiler.build(grammar)
+        for byte in f"{body}a{18 * 'b'}.".encode():
+            constraint.allowed()
+            constraint.accept(byte)
