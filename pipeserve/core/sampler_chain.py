@@ -21,6 +21,7 @@ MAX_TAIL_TOKENS = 128
 _MAX_GROUPS = 63
 """One bit each."""
 _MAX_COUNTED_REPEAT = 256
+"""Tokens beyond allowed_length: the search takes as long as the window times what is counted."""
 _MAX_ALLOWED_REPEAT = 256
 _LOG_MAX_FLOAT32 = 88.7228391
 
@@ -90,8 +91,8 @@ class Dry:
 
     @property
     def longest_counted(self) -> int:
-        """A longer repetition counts as this long: the penalty is beyond float32 by then, or the
-        base is so near to 1 that the search ends here."""
+        """A longer repetition counts as this long: the penalty is beyond float32 by then or, for
+        bases below about 1.41, the search ends here, to bound its time."""
         most = _MAX_COUNTED_REPEAT
         if self.base > 1.000001:
             most = min(most, int(_LOG_MAX_FLOAT32 / math.log(self.base)))
