@@ -33,6 +33,7 @@ from pipeserve.kernels.dependent_launch import (
     start_next_kernel,
     wait_for_inputs,
 )
+from pipeserve.kernels.interleaved_rows import interleaved_column
 from pipeserve.kernels.quant_layout import UNIT
 from pipeserve.kernels.quant_reference import ACTIVATION_GROUP, QuantisedRows
 from pipeserve.kernels.rounded_rows import store_rounded
@@ -148,6 +149,7 @@ def decode_merge_kernel(
     codes_ptr,
     scales_ptr,
     sums_ptr,
+    interleaved_ptr,
     window,
     min_tiles,
     num_heads,
@@ -194,6 +196,10 @@ def decode_merge_kernel(
             out_H.to(tl.float32), codes_ptr + first_column, scales_ptr + first_column // 32,
             sums_ptr + first_column // 16, 0, HEAD_DIM // 32, BLOCK_H // 32,
         )  # fmt: skip
+    if interleaved_ptr is not None:
+        column_H = interleaved_column(head * HEAD_DIM + dims_H)
+        interleaved_ptr_H = interleaved_ptr + seq * num_heads * HEAD_DIM + column_H
+        tl.store(interleaved_ptr_H, out_H, dims_H < HEAD_DIM)
 
 
 def decode_config(
@@ -232,6 +238,7 @@ def paged_attention_decode(
     sinks_N: Tensor | None = None,
     out_SNH: Tensor | None = None,
     rounded: QuantisedRows | None = None,
+    interleaved_SK: Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Attention of one query per sequence over its first lengths_S cache positions -> [S, N, H].
@@ -239,7 +246,8 @@ def paged_attention_decode(
     A row of length 0 gets zeros. Entries of block_table_SB past a row's length are not read.
     `window`: only the last so many positions. `soft_cap`: scores become cap * tanh(score / cap).
     sinks_N: a logit per head that takes part in the softmax and has no value. int8 caches need
-    both scales. To `rounded` go the bytes of the output [S, N * H], where rounds_output(N, H).
+    both scales. To `rounded` go the bytes of the output [S, N * H], where rounds_output(N, H), to
+    interleaved_SK the same [S, N * H] in that order.
     """
     num_seqs, num_heads, head_dim = q_SNH.shape
     page, num_kv_heads = k_cache_BPKH.shape[1:3]
@@ -300,6 +308,7 @@ def paged_attention_decode(
         lengths_S,
         out_SNH,
         *((None, None, None) if rounded is None else rounded.tensors),
+        interleaved_SK,
         window or NO_WINDOW,
         config.min_tiles,
         num_heads,
@@ -355,8 +364,8 @@ def _aot_case(name: str, *, kv: str, head_dim: int, group: int, tile: int) -> Ao
     )
 
 
-def _merge_case(name: str, *, out: str, rounded: dict[str, str], has_sinks: bool) -> AotCase:
-    absent = dict.fromkeys({"codes_ptr", "scales_ptr", "sums_ptr"} - set(rounded))
+def _merge_case(name: str, *, out: str, forms: dict[str, str], has_sinks: bool) -> AotCase:
+    absent = dict.fromkeys(set(_FORMS) - set(forms))
     return AotCase(
         name=name,
         kernel=decode_merge_kernel,
@@ -366,7 +375,7 @@ def _merge_case(name: str, *, out: str, rounded: dict[str, str], has_sinks: bool
             "sinks_ptr": "*fp32",
             "lengths_ptr": "*i64",
             "out_ptr": f"*{out}",
-            **rounded,
+            **forms,
             **dict.fromkeys(_MERGE_INTEGERS, "i32"),
         },
         constexprs={
@@ -393,17 +402,18 @@ _SEGMENT_INTEGERS = (
     "stride_head",
     "table_stride",
 )
+_FORMS = {
+    "codes_ptr": "*i8",
+    "scales_ptr": "*fp32",
+    "sums_ptr": "*i16",
+    "interleaved_ptr": "*fp16",
+}
 _MERGE_INTEGERS = ("window", "min_tiles", "num_heads", "out_stride_seq", "out_stride_head")
 AOT_CASES = (
     _aot_case("f16_128", kv="fp16", head_dim=128, group=4, tile=64),
     _aot_case("bf16_256", kv="bf16", head_dim=256, group=4, tile=32),
     _aot_case("int8_128", kv="i8", head_dim=128, group=4, tile=64),
     _aot_case("f16_80", kv="fp16", head_dim=80, group=7, tile=64),
-    _merge_case("decode_merge", out="bf16", rounded={}, has_sinks=True),
-    _merge_case(
-        "decode_merge_rounded",
-        out="fp16",
-        rounded={"codes_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i16"},
-        has_sinks=False,
-    ),
+    _merge_case("decode_merge", out="bf16", forms={}, has_sinks=True),
+    _merge_case("decode_merge_forms", out="fp16", forms=_FORMS, has_sinks=False),
 )

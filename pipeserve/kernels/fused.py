@@ -22,6 +22,7 @@ from pipeserve.kernels.dependent_launch import (
     start_next_kernel,
     wait_for_inputs,
 )
+from pipeserve.kernels.interleaved_rows import interleaved
 from pipeserve.kernels.quant_layout import UNIT
 from pipeserve.kernels.quant_reference import QuantisedRows
 from pipeserve.kernels.rounded_rows import store_rounded
@@ -39,6 +40,7 @@ def rms_norm_kernel(
     codes_ptr,
     scales_ptr,
     sums_ptr,
+    interleaved_ptr,
     eps,
     dim,
     x_stride,
@@ -72,12 +74,14 @@ def rms_norm_kernel(
             scales_ptr + token * num_groups, sums_ptr + token * num_groups * 2, 0, num_groups,
             BLOCK_D // 32,
         )  # fmt: skip
+    if interleaved_ptr is not None:
+        tl.store(interleaved_ptr + token * dim + dims_D, interleaved(out_D, BLOCK_D), is_dim_D)
 
 
 @triton.jit
 def swiglu_kernel(
-    gate_up_ptr, out_ptr, codes_ptr, scales_ptr, sums_ptr, dim, gate_up_stride, num_groups,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    gate_up_ptr, out_ptr, codes_ptr, scales_ptr, sums_ptr, interleaved_ptr, dim, gate_up_stride,
+    num_groups, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of one token's features per program."""
     start_next_kernel(PDL)
@@ -96,6 +100,10 @@ def swiglu_kernel(
             scales_ptr + token * num_groups, sums_ptr + token * num_groups * 2,
             tl.program_id(1) * (BLOCK // 32), num_groups, BLOCK // 32,
         )  # fmt: skip
+    if interleaved_ptr is not None:
+        tl.store(
+            interleaved_ptr + token * dim + features_F, interleaved(out_F, BLOCK), is_feature_F
+        )
 
 
 def rms_norm(
@@ -106,11 +114,13 @@ def rms_norm(
     dtype: torch.dtype | None = None,
     out_TD: Tensor | None = None,
     rounded: QuantisedRows | None = None,
+    interleaved_TD: Tensor | None = None,
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, in dtype or x's own; to `rounded` the bytes of that."""
+    """x / sqrt(mean(x^2) + eps) * weight, in dtype or x's own; to `rounded` the bytes of that, to
+    interleaved_TD the same in that order."""
     if out_TD is None:
         out_TD = torch.empty(x_TD.shape, dtype=dtype or x_TD.dtype, device=x_TD.device)
-    _launch_norm(x_TD, None, weight_D, eps, out_TD, out_TD, rounded)
+    _launch_norm(x_TD, None, weight_D, eps, out_TD, out_TD, rounded, interleaved_TD)
     return out_TD
 
 
@@ -123,21 +133,28 @@ def add_rms_norm(
     out_TD: Tensor | None = None,
     sum_TD: Tensor | None = None,
     rounded: QuantisedRows | None = None,
+    interleaved_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and x + residual itself in the residual's type.
 
-    sum_TD may be residual_TD: it is then updated in place. To `rounded` go the bytes of the norm.
+    sum_TD may be residual_TD: it is then updated in place. `rounded` and interleaved_TD as for
+    rms_norm.
     """
     out_TD = _empty(x_TD.shape, x_TD) if out_TD is None else out_TD
     sum_TD = _empty(x_TD.shape, residual_TD) if sum_TD is None else sum_TD
-    _launch_norm(x_TD, residual_TD, weight_D, eps, out_TD, sum_TD, rounded)
+    _launch_norm(x_TD, residual_TD, weight_D, eps, out_TD, sum_TD, rounded, interleaved_TD)
     return out_TD, sum_TD
 
 
 def swiglu(
-    gate_up_TF: Tensor, *, out_TF: Tensor | None = None, rounded: QuantisedRows | None = None
+    gate_up_TF: Tensor,
+    *,
+    out_TF: Tensor | None = None,
+    rounded: QuantisedRows | None = None,
+    interleaved_TF: Tensor | None = None,
 ) -> Tensor:
-    """silu(gate) * up of [T, 2F], whose first half is gate; to `rounded` the bytes of that."""
+    """silu(gate) * up of [T, 2F], whose first half is gate; `rounded` and interleaved_TF as for
+    rms_norm."""
     num_tokens, twice = gate_up_TF.shape
     dim = twice // 2
     out_TF = _empty((num_tokens, dim), gate_up_TF) if out_TF is None else out_TF
@@ -148,6 +165,7 @@ def swiglu(
         gate_up_TF,
         out_TF,
         *_pointers(rounded, dim),
+        interleaved_TF,
         dim,
         gate_up_TF.stride(0),
         _num_groups(dim),
@@ -185,6 +203,7 @@ def _launch_norm(
     out_TD: Tensor,
     sum_TD: Tensor,
     rounded: QuantisedRows | None,
+    interleaved_TD: Tensor | None,
 ) -> None:
     num_tokens, dim = x_TD.shape
     assert x_TD.stride(1) == 1 and weight_D.is_contiguous(), "the model dim is contiguous"
@@ -200,6 +219,7 @@ def _launch_norm(
         out_TD,
         sum_TD,
         *_pointers(rounded, dim),
+        interleaved_TD,
         eps,
         dim,
         x_TD.stride(0),
@@ -213,10 +233,11 @@ def _launch_norm(
 
 
 _ROUNDED = {"codes_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i16"}
+_INTERLEAVED = {"interleaved_ptr": "*fp16"}
 
 
-def _norm_case(name: str, *, out: str, rounded: dict[str, str]) -> AotCase:
-    absent = dict.fromkeys(set(_ROUNDED) - set(rounded))
+def _norm_case(name: str, *, out: str, forms: dict[str, str]) -> AotCase:
+    absent = dict.fromkeys(set(_ROUNDED | _INTERLEAVED) - set(forms))
     return AotCase(
         name=name,
         kernel=rms_norm_kernel,
@@ -226,7 +247,7 @@ def _norm_case(name: str, *, out: str, rounded: dict[str, str]) -> AotCase:
             "weight_ptr": "*fp32",
             "out_ptr": f"*{out}",
             "sum_ptr": "*fp32",
-            **rounded,
+            **forms,
             "eps": "fp32",
             **dict.fromkeys(("dim", "x_stride", "residual_stride", "num_groups"), "i32"),
         },
@@ -235,15 +256,15 @@ def _norm_case(name: str, *, out: str, rounded: dict[str, str]) -> AotCase:
     )
 
 
-def _swiglu_case(name: str, *, out: str, rounded: dict[str, str]) -> AotCase:
-    absent = dict.fromkeys(set(_ROUNDED) - set(rounded))
+def _swiglu_case(name: str, *, out: str, forms: dict[str, str]) -> AotCase:
+    absent = dict.fromkeys(set(_ROUNDED | _INTERLEAVED) - set(forms))
     return AotCase(
         name=name,
         kernel=swiglu_kernel,
         signature={
             "gate_up_ptr": f"*{out}",
             "out_ptr": f"*{out}",
-            **rounded,
+            **forms,
             **dict.fromkeys(("dim", "gate_up_stride", "num_groups"), "i32"),
         },
         constexprs={"BLOCK": _SWIGLU_BLOCK, "PDL": True, **absent},
@@ -251,8 +272,10 @@ def _swiglu_case(name: str, *, out: str, rounded: dict[str, str]) -> AotCase:
 
 
 AOT_CASES = (
-    _norm_case("add_rms_norm", out="bf16", rounded={}),
-    _norm_case("add_rms_norm_rounded", out="fp16", rounded=_ROUNDED),
-    _swiglu_case("swiglu", out="bf16", rounded={}),
-    _swiglu_case("swiglu_rounded", out="fp16", rounded=_ROUNDED),
+    _norm_case("add_rms_norm", out="bf16", forms={}),
+    _norm_case("add_rms_norm_rounded", out="fp16", forms=_ROUNDED),
+    _norm_case("add_rms_norm_forms", out="fp16", forms=_ROUNDED | _INTERLEAVED),
+    _swiglu_case("swiglu", out="bf16", forms={}),
+    _swiglu_case("swiglu_rounded", out="fp16", forms=_ROUNDED),
+    _swiglu_case("swiglu_interleaved", out="fp16", forms=_INTERLEAVED),
 )

@@ -2,8 +2,9 @@
 
 Of 256 columns each of the four threads of a quad has 64 neighbours (quant_mma_unpack.cu): the
 column 64 q + 32 n + 4 w + 2 e + h lies at 32 w + 16 n + 8 h + 2 q + e, with q below 4, w below 8
-and the others below 2. Launched by the stage thread, capturable in a CUDA graph. Twin:
-quant_reference.interleave_rows.
+and the others below 2. The kernels that compute activations write them in this order beside the
+plain one where such a product follows; interleave_rows does it for any tensor. Launched by the
+stage thread, capturable in a CUDA graph. Twin: quant_reference.interleave_rows.
 
 Shapes: T tokens, K inputs.
 """
@@ -35,6 +36,14 @@ def interleaved(value_K, COLUMNS: tl.constexpr):
     """A block of whole 256 columns in their new order."""
     value = tl.reshape(value_K, (COLUMNS // 256, 4, 2, 8, 2, 2))
     return tl.reshape(tl.permute(value, (0, 3, 2, 5, 1, 4)), (COLUMNS,))
+
+
+@triton.jit
+def interleaved_column(column):
+    """Where a column lies then."""
+    unit = (column >> 6) & 3
+    pair = ((column & 31) >> 2) * 32 + ((column >> 5) & 1) * 16 + (column & 1) * 8
+    return (column & ~255) + pair + unit * 2 + ((column >> 1) & 1)
 
 
 @triton.jit

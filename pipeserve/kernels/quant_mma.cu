@@ -123,9 +123,14 @@ DEVICE void products_wait() {
 
 // WGMMA
 
+// Until all threads of the cluster are here and what they wrote to shared memory can be read.
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE void cluster_wait_for_readers() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 DEVICE u32 cluster_rank() {
     u32 rank;
@@ -461,19 +466,22 @@ DEVICE void store_sums(const Work &work, u32 kept, u32 first_rank, const u16 *bi
     }
 }
 
-// The first num_whole tiles have a block each, the others a cluster.
+// The first num_whole tiles have a block each, the others a cluster of a power of 2.
 DEVICE Work work_of(int num_whole, int num_token_tiles, int num_all_steps) {
     Work work;
-    int block = blockIdx.x, tile = block, size = cluster_size();
-    work.parts = 1, work.part = 0;
+    int block = blockIdx.x, tile = block, shift = 0;
+    work.part = 0;
     if (block >= num_whole) {
-        tile = num_whole + (block - num_whole) / size;
-        work.parts = size, work.part = cluster_rank();
+        shift = __ffs(cluster_size()) - 1;
+        tile = num_whole + (block - num_whole >> shift);
+        work.part = cluster_rank();
     }
-    work.first_row = tile / num_token_tiles * BLOCK_N;
-    work.first_token = tile % num_token_tiles * BLOCK_T;
-    work.first_step = num_all_steps * work.part / work.parts;
-    work.num_steps = num_all_steps * (work.part + 1) / work.parts - work.first_step;
+    work.parts = 1 << shift;
+    int row_tile = num_token_tiles == 1 ? tile : tile / num_token_tiles;
+    work.first_row = row_tile * BLOCK_N;
+    work.first_token = (tile - row_tile * num_token_tiles) * BLOCK_T;
+    work.first_step = num_all_steps * work.part >> shift;
+    work.num_steps = (num_all_steps * (work.part + 1) >> shift) - work.first_step;
     return work;
 }
 
@@ -504,15 +512,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        // No kernel before this one has written the weights.
+    }
+    __syncthreads();
+    // No kernel before this one has written the weights.
+    if (threadIdx.x == 0)
         for (int i = 0; i < min(STAGES, work.num_steps); i++)
             copy_weights(maps, work, i, i, rings);
-    }
     wait_for_inputs();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 32)
         for (int i = 0; i < min(X_SLOTS, work.num_steps * X_PER_STEP); i++)
             copy_x(maps, work, i, i, rings);
-    __syncthreads();
+    __syncwarp();
     float sums[TILES][BLOCK_T / 2];
 #pragma unroll
     for (int t = 0; t < TILES; t++)
@@ -521,7 +531,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     consume(sums, maps, work, rings, supers, words, num_rows, num_all_steps);
     __syncthreads();  // the sums take the place of the rings
     keep_sums(sums, (float *)stages);
-    cluster_sync();
+    if (cluster_size() == 1)
+        __syncthreads();
+    else
+        cluster_sync();
     u32 kept = shared_address(stages), first_rank = work.parts == 1 ? cluster_rank() : 0;
     switch (work.parts) {
         case 1:
@@ -537,5 +550,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
             store_sums<8>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
     }
     __syncwarp();
-    cluster_sync();  // no block ends while others read its sums
+    if (cluster_size() > 1) cluster_wait_for_readers();  // no block ends while others read its sums
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeserve.kernels import quant_imma
+from pipeserve.kernels.interleaved_rows import INTERLEAVED_COLUMNS
 from pipeserve.kernels.quant_dequant import dequantise
 from pipeserve.kernels.quant_gemm import gemm
 from pipeserve.kernels.quant_gemv import gemv
@@ -22,13 +23,19 @@ from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_mma import (
     MmaVariant,
     compile_ahead,
+    has_mma,
     is_hopper,
     is_made_for,
     mma,
     takes_mma,
     why_not_loaded,
 )
-from pipeserve.kernels.quant_reference import QuantisedRows
+from pipeserve.kernels.quant_reference import (
+    LinearInput,
+    PreparedRows,
+    QuantisedRows,
+    values_of,
+)
 from pipeserve.kernels.quant_split import card_limits
 from pipeserve.kernels.quant_tuned import TunedTable
 from pipeserve.kernels.quant_ways import (
@@ -54,13 +61,17 @@ RULE_ROWS = (8, 16, 32, 64, 128, 256)
 
 
 def multiply(
-    way: BatchWay, x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None = None,
+    way: BatchWay, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None = None,
     *, out_TN: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x W^T + b [T, N] in x's type, in out_TN if given, whose rows may lie anywhere."""
+    x_TK = values_of(x)
     match way:
         case Mma(tiling=tiling):
-            return mma(x_TK, weight, bias_N, out_TN=out_TN, tiling=tiling)
+            interleaved_TK = x.interleaved_TK if isinstance(x, PreparedRows) else None
+            return mma(
+                x_TK, weight, bias_N, interleaved_TK=interleaved_TK, out_TN=out_TN, tiling=tiling
+            )
         case Gemm(tiling=gemm_tiling):
             return gemm(x_TK, weight, bias_N, out_TN=out_TN, tiling=gemm_tiling)
         case Dequantise():
@@ -84,6 +95,11 @@ class QuantProducts:
     def most_byte_rows(self) -> int:
         """Up to so many rows some matrix may be multiplied by bytes."""
         return max(GEMV_ROWS, self._table.most_byte_rows)
+
+    def takes_interleaved(self, num_tokens: int, num_columns: int, device: torch.device) -> bool:
+        """Whether matrices of so many columns are likely multiplied by interleaved rows."""
+        is_batch = GEMV_ROWS < num_tokens <= GEMM_ROWS
+        return is_batch and num_columns % INTERLEAVED_COLUMNS == 0 and has_mma(device)
 
     def takes_bytes(self, weight: PlanarWeight, num_tokens: int) -> bool:
         """Whether few_rows multiplies by this matrix, rather than batch."""
@@ -112,11 +128,11 @@ class QuantProducts:
         )  # fmt: skip
 
     def batch(
-        self, x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None,
+        self, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None,
         *, out_TN: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As multiply, for any number of rows in f16 or bf16."""
-        return multiply(self._way(x_TK, weight, out_TN), x_TK, weight, bias_N, out_TN=out_TN)
+        return multiply(self._way(values_of(x), weight, out_TN), x, weight, bias_N, out_TN=out_TN)
 
     def _way(self, x_TK: Tensor, weight: PlanarWeight, out_TN: Tensor | None) -> BatchWay:
         num_tokens = x_TK.shape[0]

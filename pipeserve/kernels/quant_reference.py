@@ -37,20 +37,22 @@ class QuantisedRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundedRows:
-    """Activations in both forms, of which a product takes the one it needs."""
+class PreparedRows:
+    """Activations in several forms, of which a product takes the one it needs."""
 
     values_TK: Tensor
-    rounded: QuantisedRows
+    rounded: QuantisedRows | None = None
     """Of the values."""
+    interleaved_TK: Tensor | None = None
+    """The values as interleave_rows has them."""
 
 
-LinearInput = Tensor | RoundedRows
+LinearInput = Tensor | PreparedRows
 
 
 def values_of(x: LinearInput) -> Tensor:
     """The floats [T, K]."""
-    return x.values_TK if isinstance(x, RoundedRows) else x
+    return x.values_TK if isinstance(x, PreparedRows) else x
 
 
 def quantise_rows(x_TK: Tensor) -> QuantisedRows:

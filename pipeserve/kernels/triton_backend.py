@@ -18,8 +18,8 @@ from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_products import QuantProducts
 from pipeserve.kernels.quant_reference import (
     LinearInput,
+    PreparedRows,
     QuantisedRows,
-    RoundedRows,
     values_of,
 )
 from pipeserve.kernels.quant_round import round_rows
@@ -38,7 +38,7 @@ def auto_linear(
         return products.few_rows(
             _bytes_of(x), weight, bias_N, out_dtype=x_TK.dtype, out_TN=out_TN
         )  # fmt: skip
-    return products.batch(x_TK, weight, bias_N, out_TN=out_TN)
+    return products.batch(x, weight, bias_N, out_TN=out_TN)
 
 
 def f16_linear(
@@ -46,7 +46,7 @@ def f16_linear(
 ) -> Tensor:
     """x W^T + b with activations as they are: tensor cores on the quantised tile for a batch, a
     dequantised scratch and cuBLAS for large prefill."""
-    return products.batch(values_of(x), weight, bias_N)
+    return products.batch(x, weight, bias_N)
 
 
 def int8_linear(
@@ -62,7 +62,7 @@ def auto_stacked_linear(
     """auto_linear of each part, outputs side by side."""
     x_TK = values_of(x)
     if any(products.takes_bytes(weight, x_TK.shape[0]) for weight, _ in parts):
-        x = RoundedRows(values_TK=x_TK, rounded=_bytes_of(x))  # once for all of them
+        x = _with_bytes(x)  # once for all of them
     return _side_by_side(x_TK, parts, partial(auto_linear, products, x))
 
 
@@ -70,8 +70,7 @@ def f16_stacked_linear(
     products: QuantProducts, x: LinearInput, parts: Sequence[BiasedWeight]
 ) -> Tensor:
     """f16_linear of each part, outputs side by side."""
-    x_TK = values_of(x)
-    return _side_by_side(x_TK, parts, partial(products.batch, x_TK))
+    return _side_by_side(values_of(x), parts, partial(products.batch, x))
 
 
 def int8_stacked_linear(
@@ -91,7 +90,9 @@ def _rounded(
     if all(takes_bytes):
         return x
     values_TK = round_rows(values_of(x))
-    return RoundedRows(values_TK=values_TK, rounded=_bytes_of(x)) if any(takes_bytes) else values_TK
+    return (
+        PreparedRows(values_TK=values_TK, rounded=_bytes_of(x)) if any(takes_bytes) else values_TK
+    )
 
 
 def _side_by_side(
@@ -106,55 +107,88 @@ def _side_by_side(
 
 
 def _bytes_of(x: LinearInput) -> QuantisedRows:
-    return x.rounded if isinstance(x, RoundedRows) else quantise_rows(x)
+    if isinstance(x, PreparedRows) and x.rounded is not None:
+        return x.rounded
+    return quantise_rows(values_of(x))
 
 
-# The kernels whose output a product takes next: for few rows with the bytes beside the floats.
+def _with_bytes(x: LinearInput) -> PreparedRows:
+    prepared = x if isinstance(x, PreparedRows) else PreparedRows(values_TK=x)
+    return dataclasses.replace(prepared, rounded=_bytes_of(x))
 
 
-def _room_for_bytes(
-    byte_rows: int, num_tokens: int, num_columns: int, device: torch.device
-) -> QuantisedRows | None:
-    return empty_rows(num_tokens, num_columns, device) if num_tokens <= byte_rows else None
+# The kernels whose output a product takes next: in the forms that it needs beside the floats.
 
 
-def _with_bytes(values_TK: Tensor, rounded: QuantisedRows | None) -> LinearInput:
-    return values_TK if rounded is None else RoundedRows(values_TK=values_TK, rounded=rounded)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FormsWanted:
+    """Which forms the products on a card take."""
+
+    products: QuantProducts
+    has_bytes: bool
+    """Few rows as bytes."""
+
+    def rooms(
+        self, num_tokens: int, num_columns: int, device: torch.device
+    ) -> tuple[QuantisedRows | None, Tensor | None]:
+        """Bytes and interleaved rows to be written, where they are wanted."""
+        rounded = interleaved_TK = None
+        if self.has_bytes and num_tokens <= self.products.most_byte_rows:
+            rounded = empty_rows(num_tokens, num_columns, device)
+        if self.products.takes_interleaved(num_tokens, num_columns, device):
+            shape = (num_tokens, num_columns)
+            interleaved_TK = torch.empty(shape, dtype=torch.float16, device=device)
+        return rounded, interleaved_TK
 
 
-def rms_norm(byte_rows: int, x_TD: Tensor, weight_D: Tensor, eps: float) -> LinearInput:
-    """fused.rms_norm in float16, with bytes up to so many rows."""
-    room = _room_for_bytes(byte_rows, x_TD.shape[0], x_TD.shape[1], x_TD.device)
-    normed_TD = fused.rms_norm(x_TD, weight_D, eps, dtype=torch.float16, rounded=room)
-    return _with_bytes(normed_TD, room)
+def _prepared(
+    values_TK: Tensor, rounded: QuantisedRows | None, interleaved_TK: Tensor | None
+) -> LinearInput:
+    if rounded is None and interleaved_TK is None:
+        return values_TK
+    return PreparedRows(values_TK=values_TK, rounded=rounded, interleaved_TK=interleaved_TK)
+
+
+def rms_norm(forms: FormsWanted, x_TD: Tensor, weight_D: Tensor, eps: float) -> LinearInput:
+    """fused.rms_norm in float16, in the forms wanted."""
+    rounded, interleaved_TD = forms.rooms(*x_TD.shape, x_TD.device)
+    normed_TD = fused.rms_norm(
+        x_TD, weight_D, eps, dtype=torch.float16, rounded=rounded, interleaved_TD=interleaved_TD
+    )
+    return _prepared(normed_TD, rounded, interleaved_TD)
 
 
 def add_rms_norm(
-    byte_rows: int, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+    forms: FormsWanted, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[LinearInput, Tensor]:
     """fused.add_rms_norm."""
-    room = _room_for_bytes(byte_rows, x_TD.shape[0], x_TD.shape[1], x_TD.device)
-    normed_TD, sum_TD = fused.add_rms_norm(x_TD, residual_TD, weight_D, eps, rounded=room)
-    return _with_bytes(normed_TD, room), sum_TD
+    rounded, interleaved_TD = forms.rooms(*x_TD.shape, x_TD.device)
+    normed_TD, sum_TD = fused.add_rms_norm(
+        x_TD, residual_TD, weight_D, eps, rounded=rounded, interleaved_TD=interleaved_TD
+    )
+    return _prepared(normed_TD, rounded, interleaved_TD), sum_TD
 
 
-def swiglu(byte_rows: int, gate_up_TF: Tensor) -> LinearInput:
+def swiglu(forms: FormsWanted, gate_up_TF: Tensor) -> LinearInput:
     """fused.swiglu."""
     num_tokens, twice = gate_up_TF.shape
-    room = _room_for_bytes(byte_rows, num_tokens, twice // 2, gate_up_TF.device)
-    return _with_bytes(fused.swiglu(gate_up_TF, rounded=room), room)
+    rounded, interleaved_TF = forms.rooms(num_tokens, twice // 2, gate_up_TF.device)
+    out_TF = fused.swiglu(gate_up_TF, rounded=rounded, interleaved_TF=interleaved_TF)
+    return _prepared(out_TF, rounded, interleaved_TF)
 
 
 def paged_attention_decode(
-    byte_rows: int, q_SNH: Tensor, *places: Any, **options: Any
+    forms: FormsWanted, q_SNH: Tensor, *places: Any, **options: Any
 ) -> LinearInput:
     """attention_decode.paged_attention_decode."""
     num_seqs, num_heads, head_dim = q_SNH.shape
-    room = None
-    if attention_decode.rounds_output(num_heads, head_dim):
-        room = _room_for_bytes(byte_rows, num_seqs, num_heads * head_dim, q_SNH.device)
-    out_SNH = attention_decode.paged_attention_decode(q_SNH, *places, **options, rounded=room)
-    return _with_bytes(out_SNH.flatten(1), room)
+    rounded, interleaved_SK = forms.rooms(num_seqs, num_heads * head_dim, q_SNH.device)
+    if not attention_decode.rounds_output(num_heads, head_dim):
+        rounded = None
+    out_SNH = attention_decode.paged_attention_decode(
+        q_SNH, *places, **options, rounded=rounded, interleaved_SK=interleaved_SK
+    )
+    return _prepared(out_SNH.flatten(1), rounded, interleaved_SK)
 
 
 def _plain_attention_decode(*inputs: Any, **options: Any) -> Tensor:
@@ -177,7 +211,7 @@ def gpu_backend(
         return dataclasses.replace(backend, weight_form=form)
     assert activations == "auto", f"{weights} weights with {activations} activations"
     return dataclasses.replace(
-        _without_bytes(products, torch.bfloat16),
+        _dense_backend(products),
         weight_form="dense" if weights == "bf16" else "fp8",
     )
 
@@ -185,30 +219,34 @@ def gpu_backend(
 def _quantised_backend(products: QuantProducts, activations: Activations) -> Backend:
     match activations:
         case "auto":
-            return _with_bytes_for_few_rows(products)
+            return _planar_backend(products, has_bytes=True)
         case "int8":
             return dataclasses.replace(
-                _with_bytes_for_few_rows(products),
+                _planar_backend(products, has_bytes=True),
                 quant_linear=partial(int8_linear, products),
                 stacked_quant_linear=partial(int8_stacked_linear, products),
             )
         case "f16":
-            return _without_bytes(products, torch.float16)
+            return dataclasses.replace(
+                _planar_backend(products, has_bytes=False),
+                quant_linear=partial(f16_linear, products),
+                stacked_quant_linear=partial(f16_stacked_linear, products),
+            )
 
 
-def _with_bytes_for_few_rows(products: QuantProducts) -> Backend:
-    """Quantised weights, activations in float16 or, for few rows, int8."""
-    byte_rows = products.most_byte_rows
+def _planar_backend(products: QuantProducts, *, has_bytes: bool) -> Backend:
+    """Quantised weights, activations in float16 or, where has_bytes and for few rows, int8."""
+    forms = FormsWanted(products=products, has_bytes=has_bytes)
     return Backend(
         dtype=torch.float16,
         weight_form="planar",
-        rms_norm=partial(rms_norm, byte_rows),
-        add_rms_norm=partial(add_rms_norm, byte_rows),
-        swiglu=partial(swiglu, byte_rows),
+        rms_norm=partial(rms_norm, forms),
+        add_rms_norm=partial(add_rms_norm, forms),
+        swiglu=partial(swiglu, forms),
         decode_places=decode_places,
         rotary_angles=rotary.rotary_angles,
         rotary_and_cache=rotary.rotary_and_cache,
-        paged_attention_decode=partial(paged_attention_decode, byte_rows),
+        paged_attention_decode=partial(paged_attention_decode, forms),
         paged_attention_prefill=_attention_prefill,
         dequantise=partial(dequantise, dtype=torch.float16),
         quant_linear=partial(auto_linear, products),
@@ -218,9 +256,11 @@ def _with_bytes_for_few_rows(products: QuantProducts) -> Backend:
     )
 
 
-def _without_bytes(products: QuantProducts, dtype: torch.dtype) -> Backend:
+def _dense_backend(products: QuantProducts) -> Backend:
+    """Dense and e4m3 weights, multiplied in bf16; float16 for none but other planar ones."""
+    dtype = torch.bfloat16
     return dataclasses.replace(
-        _with_bytes_for_few_rows(products),
+        _planar_backend(products, has_bytes=False),
         dtype=dtype,
         rms_norm=partial(fused.rms_norm, dtype=dtype),
         add_rms_norm=fused.add_rms_norm,

@@ -12,7 +12,7 @@ import torch
 
 from pipeserve.kernels import quant_reference, reference, reference_attention
 from pipeserve.kernels.backend import Backend
-from pipeserve.kernels.quant_reference import QuantisedRows, RoundedRows, values_of
+from pipeserve.kernels.quant_reference import PreparedRows, QuantisedRows, values_of
 from tests.kernels.attention_cases import AttentionCase, paged_cache
 from tests.kernels.quant_cases import random_weight, relative_error
 from tests.kernels.test_fused import assert_close
@@ -127,7 +127,7 @@ def test_backends_make_bytes_where_products_take_them(
     ]
     has_bytes = activations != "f16" and num_tokens <= GEMV_ROWS
     for output in outputs:
-        assert isinstance(output, RoundedRows) == has_bytes
+        assert (isinstance(output, PreparedRows) and output.rounded is not None) == has_bytes
         assert values_of(output).dtype == torch.float16
 
 
