@@ -151,7 +151,7 @@ def _prepared(
 
 def rms_norm(forms: FormsWanted, x_TD: Tensor, weight_D: Tensor, eps: float) -> LinearInput:
     """fused.rms_norm in float16, in the forms wanted."""
-    rounded, interleaved_TD = forms.rooms(*x_TD.shape, x_TD.device)
+    rounded, interleaved_TD = forms.rooms(x_TD.shape[0], x_TD.shape[1], x_TD.device)
     normed_TD = fused.rms_norm(
         x_TD, weight_D, eps, dtype=torch.float16, rounded=rounded, interleaved_TD=interleaved_TD
     )
@@ -162,7 +162,7 @@ def add_rms_norm(
     forms: FormsWanted, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[LinearInput, Tensor]:
     """fused.add_rms_norm."""
-    rounded, interleaved_TD = forms.rooms(*x_TD.shape, x_TD.device)
+    rounded, interleaved_TD = forms.rooms(x_TD.shape[0], x_TD.shape[1], x_TD.device)
     normed_TD, sum_TD = fused.add_rms_norm(
         x_TD, residual_TD, weight_D, eps, rounded=rounded, interleaved_TD=interleaved_TD
     )
