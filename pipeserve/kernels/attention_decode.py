@@ -1,9 +1,10 @@
 """Paged attention of decode rows: one query per sequence, split over its cached positions.
 
 Two Triton launches: every program takes one segment of one sequence for one kv head, then a merge
-weighs the segments (Flash-Decoding; the merge by log-sum-exp as in arXiv 2205.14135). The grid
-depends on the number of rows alone, lengths are read on the device: one CUDA graph serves any
-length. Twins: reference.py, and reference_attention.py for the options.
+weighs the segments (Flash-Decoding; the merge by log-sum-exp as in arXiv 2205.14135); it leaves out
+sequences of one segment, which are written at once. The grid depends on the number of rows alone,
+lengths are read on the device: one CUDA graph serves any length. Twins: reference.py, and
+reference_attention.py for the options.
 
 Shapes: S sequences, N query heads, K kv heads, H head dim, B blocks, P position in block, G
 segments.
@@ -12,8 +13,6 @@ segments.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -28,6 +27,7 @@ from pipeserve.kernels.attention_tile import (
     check_cache,
     has_ptx_assembly,
 )
+from pipeserve.kernels.decode_config import DecodeConfig, decode_config
 from pipeserve.kernels.dependent_launch import (
     launch_options,
     start_next_kernel,
@@ -38,21 +38,8 @@ from pipeserve.kernels.quant_layout import UNIT
 from pipeserve.kernels.quant_reference import ACTIVATION_GROUP, QuantisedRows
 from pipeserve.kernels.rounded_rows import store_rounded
 
-_WANTED_PROGRAMS = 1024
-_MAX_SEGMENTS = 32
-_MIN_SEGMENTS = 8
-"""Kept even where the rows alone fill the card: one long sequence among short ones is shared."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeConfig:
-    """Launch shape: cache positions per tile, fewest tiles per segment, segments, warps, stages."""
-
-    tile: int
-    min_tiles: int
-    num_segments: int
-    num_warps: int
-    num_stages: int
+_MOST_MERGES = 2048
+"""Programs of a merge that takes one query head each; beyond, each takes all of a kv head."""
 
 
 @triton.jit
@@ -76,6 +63,8 @@ def decode_segments_kernel(
     lengths_ptr,
     partial_ptr,
     lse_ptr,
+    out_ptr,
+    interleaved_ptr,
     scale_log2,
     cap_log2,
     window,
@@ -87,6 +76,8 @@ def decode_segments_kernel(
     stride_token,
     stride_head,
     table_stride,
+    out_stride_seq,
+    out_stride_head,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -96,10 +87,12 @@ def decode_segments_kernel(
     NUM_SEGMENTS: tl.constexpr,
     IS_INT8: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    DIRECT: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """partial [S, N, G, H] and lse [S, N, G] float32; segments past the length stay unwritten."""
+    """partial [S, N, G, H] and lse [S, N, G] float32; segments past the length stay unwritten.
+    Where DIRECT, a sequence of one segment goes to out instead."""
     start_next_kernel(PDL)
     wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
@@ -133,10 +126,20 @@ def decode_segments_kernel(
         stride_token, stride_head, num_kv_heads, BLOCK_M, HEAD_DIM, BLOCK_H, TILE, PAGE, IS_INT8,
         HAS_SOFT_CAP, False, False, ASM,
     )  # fmt: skip
-    slot_M = (seq * num_kv_heads * GROUP + heads_M) * NUM_SEGMENTS + segment
-    partial_ptr_MH = partial_ptr + slot_M[:, None] * HEAD_DIM + dims_H[None, :]
-    tl.store(partial_ptr_MH, acc_MH / l_M[:, None], is_q_MH)
-    tl.store(lse_ptr + slot_M, m_M + tl.log2(l_M), is_row_M)
+    out_MH = acc_MH / l_M[:, None]
+    if DIRECT and base + span >= length:
+        out_MH = out_MH.to(out_ptr.dtype.element_ty)
+        out_ptr_MH = out_ptr + seq * out_stride_seq + heads_M[:, None] * out_stride_head
+        tl.store(out_ptr_MH + dims_H[None, :], out_MH, is_q_MH)
+        if interleaved_ptr is not None:
+            column_MH = interleaved_column(heads_M[:, None] * HEAD_DIM + dims_H[None, :])
+            row_ptr = interleaved_ptr + seq * num_kv_heads * GROUP * HEAD_DIM
+            tl.store(row_ptr + column_MH, out_MH, is_q_MH)
+    else:
+        slot_M = (seq * num_kv_heads * GROUP + heads_M) * NUM_SEGMENTS + segment
+        partial_ptr_MH = partial_ptr + slot_M[:, None] * HEAD_DIM + dims_H[None, :]
+        tl.store(partial_ptr_MH, out_MH, is_q_MH)
+        tl.store(lse_ptr + slot_M, m_M + tl.log2(l_M), is_row_M)
 
 
 @triton.jit
@@ -159,68 +162,53 @@ def decode_merge_kernel(
     BLOCK_H: tl.constexpr,
     TILE: tl.constexpr,
     NUM_SEGMENTS: tl.constexpr,
+    HEADS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    DIRECT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Weigh the segments of one query head; 0 where the sequence has no length."""
+    """Weigh the segments of HEADS query heads; 0 where the sequence has no length. Where DIRECT, a
+    sequence of one segment is there already."""
     start_next_kernel(PDL)
     wait_for_inputs(PDL)
-    head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + seq).to(tl.int32)
     _, base, span = _segment(length, window, min_tiles, NUM_SEGMENTS, TILE)
+    if DIRECT and length > 0 and base + span >= length:
+        return
     segments_G = tl.arange(0, NUM_SEGMENTS)
     dims_H = tl.arange(0, BLOCK_H)
     is_used_G = base + segments_G * span < length
-    slot_G = (seq * num_heads + head) * NUM_SEGMENTS + segments_G
-    lse_G = tl.load(lse_ptr + slot_G, is_used_G, other=float("-inf"))
-    highest = tl.max(lse_G, 0)
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(highest, sink)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    weight_G = tl.exp2(lse_G - highest)
-    total = tl.sum(weight_G, 0)
-    if HAS_SINKS:
-        total += tl.exp2(sink - highest)
-    is_partial_GH = is_used_G[:, None] & (dims_H < HEAD_DIM)[None, :]
-    partial_ptr_GH = partial_ptr + slot_G[:, None] * HEAD_DIM + dims_H[None, :]
-    partial_GH = tl.load(partial_ptr_GH, is_partial_GH, other=0.0)
-    out_H = tl.sum(partial_GH * weight_G[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    out_ptr_H = out_ptr + seq * out_stride_seq + head * out_stride_head + dims_H
-    out_H = out_H.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr_H, out_H, dims_H < HEAD_DIM)
-    if codes_ptr is not None:
-        first_column = (seq * num_heads + head) * HEAD_DIM
-        store_rounded(
-            out_H.to(tl.float32), codes_ptr + first_column, scales_ptr + first_column // 32,
-            sums_ptr + first_column // 16, 0, HEAD_DIM // 32, BLOCK_H // 32,
-        )  # fmt: skip
-    if interleaved_ptr is not None:
-        column_H = interleaved_column(head * HEAD_DIM + dims_H)
-        interleaved_ptr_H = interleaved_ptr + seq * num_heads * HEAD_DIM + column_H
-        tl.store(interleaved_ptr_H, out_H, dims_H < HEAD_DIM)
-
-
-def decode_config(
-    num_seqs: int, num_kv_heads: int, head_dim: int, *, kv: torch.dtype
-) -> DecodeConfig:
-    """By what is known at capture: enough segments that few rows fill a card, few for many rows."""
-    programs = num_seqs * num_kv_heads
-    wanted = triton.next_power_of_2(-(-_WANTED_PROGRAMS // programs))
-    few_rows = programs <= 64
-    tile, num_stages = 64 if head_dim <= 128 else 32, 3
-    if torch.version.hip is not None:
-        # Larger tiles and pipelining spill registers on RDNA (seen in the compiled code).
-        tile, num_stages = 16, 1
-    return DecodeConfig(
-        tile=tile,
-        min_tiles=1 if few_rows else 4,
-        num_segments=min(_MAX_SEGMENTS, max(_MIN_SEGMENTS, wanted)),
-        # Unpacking bytes is work per warp: 18 % faster with two at 128 rows on an H100.
-        num_warps=2 if kv == torch.int8 and not few_rows else 4,
-        num_stages=num_stages,
-    )
+    for index in tl.static_range(HEADS):
+        head = tl.program_id(0) * HEADS + index
+        slot_G = (seq * num_heads + head) * NUM_SEGMENTS + segments_G
+        lse_G = tl.load(lse_ptr + slot_G, is_used_G, other=float("-inf"))
+        highest = tl.max(lse_G, 0)
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+            highest = tl.maximum(highest, sink)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        weight_G = tl.exp2(lse_G - highest)
+        total = tl.sum(weight_G, 0)
+        if HAS_SINKS:
+            total += tl.exp2(sink - highest)
+        is_partial_GH = is_used_G[:, None] & (dims_H < HEAD_DIM)[None, :]
+        partial_ptr_GH = partial_ptr + slot_G[:, None] * HEAD_DIM + dims_H[None, :]
+        partial_GH = tl.load(partial_ptr_GH, is_partial_GH, other=0.0)
+        out_H = tl.sum(partial_GH * weight_G[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+        out_ptr_H = out_ptr + seq * out_stride_seq + head * out_stride_head + dims_H
+        out_H = out_H.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr_H, out_H, dims_H < HEAD_DIM)
+        if codes_ptr is not None:
+            first_column = (seq * num_heads + head) * HEAD_DIM
+            store_rounded(
+                out_H.to(tl.float32), codes_ptr + first_column, scales_ptr + first_column // 32,
+                sums_ptr + first_column // 16, 0, HEAD_DIM // 32, BLOCK_H // 32,
+            )  # fmt: skip
+        if interleaved_ptr is not None:
+            column_H = interleaved_column(head * HEAD_DIM + dims_H)
+            interleaved_ptr_H = interleaved_ptr + seq * num_heads * HEAD_DIM + column_H
+            tl.store(interleaved_ptr_H, out_H, dims_H < HEAD_DIM)
 
 
 def paged_attention_decode(
@@ -268,6 +256,8 @@ def paged_attention_decode(
     is_int8 = k_scale_BKP is not None
     group = num_heads // num_kv_heads
     block_h = triton.next_power_of_2(head_dim)
+    is_direct = sinks_N is None and rounded is None
+    heads = 1 if num_seqs * num_heads <= _MOST_MERGES else group
     decode_segments_kernel[(num_kv_heads, num_seqs, config.num_segments)](
         q_SNH,
         k_cache_BPKH,
@@ -278,6 +268,8 @@ def paged_attention_decode(
         lengths_S,
         partial_SNGH,
         lse_SNG,
+        out_SNH,
+        interleaved_SK,
         scale * LOG2_E,
         (soft_cap or 1.0) * LOG2_E,
         window or NO_WINDOW,
@@ -287,6 +279,8 @@ def paged_attention_decode(
         q_SNH.stride(1),
         *k_cache_BPKH.stride()[:3],
         block_table_SB.stride(0),
+        out_SNH.stride(0),
+        out_SNH.stride(1),
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_H=block_h,
@@ -296,12 +290,13 @@ def paged_attention_decode(
         NUM_SEGMENTS=config.num_segments,
         IS_INT8=is_int8,
         HAS_SOFT_CAP=soft_cap is not None,
+        DIRECT=is_direct,
         ASM=has_ptx_assembly(q_SNH.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(q_SNH.device),
     )
-    decode_merge_kernel[(num_heads, num_seqs)](
+    decode_merge_kernel[(num_heads // heads, num_seqs)](
         partial_SNGH,
         lse_SNG,
         lse_SNG if sinks_N is None else sinks_N,
@@ -318,7 +313,9 @@ def paged_attention_decode(
         BLOCK_H=block_h,
         TILE=config.tile,
         NUM_SEGMENTS=config.num_segments,
+        HEADS=heads,
         HAS_SINKS=sinks_N is not None,
+        DIRECT=is_direct,
         num_warps=2,
         **launch_options(q_SNH.device),
     )
@@ -344,6 +341,8 @@ def _aot_case(name: str, *, kv: str, head_dim: int, group: int, tile: int) -> Ao
             "lengths_ptr": "*i32",
             "partial_ptr": "*fp32",
             "lse_ptr": "*fp32",
+            "out_ptr": "*fp16" if kv == "i8" else f"*{kv}",
+            "interleaved_ptr": "*fp16",
             "scale_log2": "fp32",
             "cap_log2": "fp32",
             **dict.fromkeys(_SEGMENT_INTEGERS, "i32"),
@@ -358,6 +357,7 @@ def _aot_case(name: str, *, kv: str, head_dim: int, group: int, tile: int) -> Ao
             "NUM_SEGMENTS": 16,
             "IS_INT8": kv == "i8",
             "HAS_SOFT_CAP": head_dim == 256,
+            "DIRECT": True,
             "ASM": True,
             "PDL": True,
         },
@@ -383,7 +383,9 @@ def _merge_case(name: str, *, out: str, forms: dict[str, str], has_sinks: bool) 
             "BLOCK_H": 128,
             "TILE": 64,
             "NUM_SEGMENTS": 16,
+            "HEADS": 4 if has_sinks else 1,
             "HAS_SINKS": has_sinks,
+            "DIRECT": not has_sinks,
             "PDL": True,
             **absent,
         },
@@ -401,6 +403,8 @@ _SEGMENT_INTEGERS = (
     "stride_token",
     "stride_head",
     "table_stride",
+    "out_stride_seq",
+    "out_stride_head",
 )
 _FORMS = {
     "codes_ptr": "*i8",

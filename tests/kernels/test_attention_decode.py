@@ -11,8 +11,9 @@ from tests.kernels.attention_cases import AttentionCase, paged_cache
 
 pytest.importorskip("triton", reason="Triton is a development dependency on the CPU")
 
-from pipeserve.kernels import reference, reference_attention
-from pipeserve.kernels.attention_decode import DecodeConfig, paged_attention_decode
+from pipeserve.kernels import attention_decode, reference, reference_attention
+from pipeserve.kernels.attention_decode import paged_attention_decode
+from pipeserve.kernels.decode_config import DecodeConfig, decode_config
 
 SCALE = 0.15
 SMALL = DecodeConfig(tile=16, min_tiles=1, num_segments=4, num_warps=4, num_stages=2)
@@ -71,8 +72,30 @@ def test_agrees_with_twin_widely(case: AttentionCase, device: torch.device) -> N
         DecodeConfig(tile=16, min_tiles=4, num_segments=8, num_warps=4, num_stages=2),
     ],
 )
-def test_any_launch_shape(config: DecodeConfig | None, device: torch.device) -> None:
-    check(AttentionCase(options={"window": 50}, has_sinks=True), device, config)
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_any_launch_shape(
+    has_sinks: bool, config: DecodeConfig | None, device: torch.device
+) -> None:
+    check(AttentionCase(options={"window": 50}, has_sinks=has_sinks), device, config)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_many_rows_merge_the_heads_of_a_group_together(
+    has_sinks: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_decode, "_MOST_MERGES", 0)
+    check(AttentionCase(has_sinks=has_sinks), device, SMALL)
+
+
+@pytest.mark.parametrize(
+    "num_programs", [1, 2, 7, 8, 9, 64, 65, 127, 128, 255, 256, 511, 512, 1023, 1024, 9999]
+)
+def test_every_number_of_rows_has_a_launch_shape(num_programs: int) -> None:
+    for head_dim, kv in itertools.product((64, 128, 256), (torch.float16, torch.int8)):
+        config = decode_config(num_programs, 1, head_dim, kv=kv)
+        assert config.num_segments.bit_count() == 1
+        assert 4 <= config.num_segments <= 64
+        assert config.min_tiles * config.tile <= 1024
 
 
 def test_takes_the_place_of_the_plain_twin(device: torch.device) -> None:

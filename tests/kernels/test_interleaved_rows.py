@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="Triton is a development dependency; it is 
 
 from pipeserve.kernels import fused, quant_products
 from pipeserve.kernels.attention_decode import paged_attention_decode
+from pipeserve.kernels.decode_config import DecodeConfig
 from pipeserve.kernels.interleaved_rows import interleave_rows
 from pipeserve.kernels.quant_products import GEMV_ROWS
 from pipeserve.kernels.quant_reference import PreparedRows
@@ -54,8 +55,11 @@ def test_norms_and_swiglu_write_them(dim: int, device: torch.device) -> None:
     assert torch.equal(found_TD, twin(out_TF))
 
 
+@pytest.mark.parametrize("num_segments", [1, 4])
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(4, 128), (8, 96)])
-def test_attention_writes_them(num_heads: int, head_dim: int, device: torch.device) -> None:
+def test_attention_writes_them(
+    num_heads: int, head_dim: int, num_segments: int, device: torch.device
+) -> None:
     case = AttentionCase(num_heads=num_heads, head_dim=head_dim, kv=torch.float16)
     cache = paged_cache(case, num_seqs=2, length=20, device=device)
     q_SNH = torch.randn(2, num_heads, head_dim, device=device).half()
@@ -64,6 +68,9 @@ def test_attention_writes_them(num_heads: int, head_dim: int, device: torch.devi
     out_SNH = paged_attention_decode(
         q_SNH, cache.k_BPKH, cache.v_BPKH, cache.block_table_SB, lengths_S, 0.1,
         **cache.options, interleaved_SK=found_SK,
+        config=DecodeConfig(
+            tile=16, min_tiles=1, num_segments=num_segments, num_warps=4, num_stages=1
+        ),
     )  # fmt: skip
     assert torch.equal(found_SK, twin(out_SNH.flatten(1)))
 
