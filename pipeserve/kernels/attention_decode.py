@@ -126,9 +126,9 @@ def decode_segments_kernel(
         stride_token, stride_head, num_kv_heads, BLOCK_M, HEAD_DIM, BLOCK_H, TILE, PAGE, IS_INT8,
         HAS_SOFT_CAP, False, False, ASM,
     )  # fmt: skip
-    out_MH = acc_MH / l_M[:, None]
+    sum_MH = acc_MH / l_M[:, None]
     if DIRECT and base + span >= length:
-        out_MH = out_MH.to(out_ptr.dtype.element_ty)
+        out_MH = sum_MH.to(out_ptr.dtype.element_ty)
         out_ptr_MH = out_ptr + seq * out_stride_seq + heads_M[:, None] * out_stride_head
         tl.store(out_ptr_MH + dims_H[None, :], out_MH, is_q_MH)
         if interleaved_ptr is not None:
@@ -138,7 +138,7 @@ def decode_segments_kernel(
     else:
         slot_M = (seq * num_kv_heads * GROUP + heads_M) * NUM_SEGMENTS + segment
         partial_ptr_MH = partial_ptr + slot_M[:, None] * HEAD_DIM + dims_H[None, :]
-        tl.store(partial_ptr_MH, out_MH, is_q_MH)
+        tl.store(partial_ptr_MH, sum_MH, is_q_MH)
         tl.store(lse_ptr + slot_M, m_M + tl.log2(l_M), is_row_M)
 
 
