@@ -1,8 +1,7 @@
 // x W^T of planar weights on Hopper's tensor cores: weights unpacked in registers as the first
 // operand, interleaved activations from shared memory as the second. The copy engine keeps up to
-// STAGES steps of 256 columns in flight. K_GROUPS groups of warps take the steps in turn, and the
-// blocks of a cluster take parts of the columns of the same outputs; the sums of all of them are
-// added in a fixed order, over distributed shared memory.
+// STAGES steps of 256 columns in flight. The blocks of a cluster take parts of the columns of the
+// same outputs; their sums are added in a fixed order, over distributed shared memory.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -59,8 +58,7 @@ struct alignas(64) TensorMap {
 };
 
 constexpr int THREADS = WARPGROUPS * 128;
-constexpr int ROW_GROUPS = WARPGROUPS / K_GROUPS;
-constexpr int BLOCK_N = ROW_GROUPS * TILES * 64;
+constexpr int BLOCK_N = WARPGROUPS * TILES * 64;
 constexpr int LOW_TILES = LOW_BYTES / LOW_ROW;
 constexpr int X_BLOCK_BYTES = BLOCK_T * 128;  // of 64 columns
 constexpr int X_SLOT_BYTES = X_BLOCKS * X_BLOCK_BYTES;
@@ -72,7 +70,7 @@ constexpr int WORDS_AT = HIGH_AT + BLOCK_N * HIGH_BYTES;
 constexpr int MINS_AT = WORDS_AT + WORD_BYTES;
 constexpr int COPIED_BYTES = MINS_AT + MIN_BYTES;
 constexpr int STAGE_BYTES = (COPIED_BYTES + 1023) / 1024 * 1024;
-constexpr int PITCH = K_GROUPS * BLOCK_N + 4;  // of the sums' rows: no two threads in one bank
+constexpr int PITCH = BLOCK_N + 4;  // of the sums' rows: no two threads in one bank
 
 DEVICE u32 shared_address(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
@@ -152,7 +150,7 @@ DEVICE float4 load_of_rank(u32 address, u32 rank) {
     return value;
 }
 
-// What a block works on. parts: of the columns, one for each block of the cluster, or 1.
+// What a block works on. parts: of the columns, one for each block of the cluster.
 struct Work {
     int first_row, first_token, first_step, num_steps;
     u32 parts, part;
@@ -211,9 +209,8 @@ DEVICE void copy_x(const Maps &maps, const Work &work, int i, int slot, const Ri
 template <int COUNT>
 struct Cursor {
     u32 slot = 0, parity = 0;
-    DEVICE void advance(u32 by = 1) {
-        slot += by;
-        if (slot >= COUNT) slot -= COUNT, parity ^= 1;
+    DEVICE void advance() {
+        if (++slot == COUNT) slot = 0, parity ^= 1;
     }
 };
 
@@ -265,18 +262,13 @@ DEVICE void load_half_unit(Operand &from) {
 
 constexpr int X_PER_STEP = 4 / X_BLOCKS;
 
-// Where a K group is in the rings; the slots that it fills again next, and the barriers of those
-// that it has almost done with.
+// Where a warp is in the rings; the slots that it fills again next, and the barriers of those that
+// it has almost done with.
 struct Place {
     Cursor<STAGES> weights, refilled;
     Cursor<X_SLOTS> x, x_refilled;
     u32 done, x_done;
 };
-
-// From the last slot of x of one step of a K group to the first of its next one.
-DEVICE void skip_others(Cursor<X_SLOTS> &x) {
-    if (K_GROUPS > 1) x.advance((K_GROUPS - 1) * X_PER_STEP);
-}
 
 template <int BLOCK>
 DEVICE void multiply_block(float (&sums)[TILES][BLOCK_T / 2], u32 (&a)[TILES][4][4],
@@ -308,39 +300,36 @@ DEVICE void multiply_block(float (&sums)[TILES][BLOCK_T / 2], u32 (&a)[TILES][4]
 }
 
 // Fills again what was freed a block before BLOCK, when others are likely past it; a warp of its
-// own for each BLOCK. step: of the K group, after another one if is_later.
+// own for each BLOCK. step: the present one, after another one if is_later.
 template <int BLOCK>
 DEVICE void refill(const Maps &maps, const Work &work, int step, bool is_later, int warp,
                    Place &place, const Rings &rings) {
     constexpr bool FREES_X = (BLOCK + 3) % X_BLOCKS == 0;
     constexpr int FREED = (BLOCK - 1 + X_BLOCKS) / X_BLOCKS - 2;  // from the step's first slot of x
     bool is_mine = warp == BLOCK;
-    int before = step - K_GROUPS;
     if (FREES_X && (FREED >= 0 || is_later)) {
-        int first = FREED >= 0 ? step * X_PER_STEP : (before + 1) * X_PER_STEP;
+        int first = FREED >= 0 ? step * X_PER_STEP : step * X_PER_STEP;
         int next = first + FREED + X_SLOTS;
         if (is_mine && next < work.num_steps * X_PER_STEP) {
             barrier_wait(rings.x_empty + 8 * place.x_refilled.slot, place.x_refilled.parity);
             if (threadIdx.x % 32 == 0) copy_x(maps, work, next, place.x_refilled.slot, rings);
         }
         place.x_refilled.advance();
-        if (FREED == -1) skip_others(place.x_refilled);
     }
     if (BLOCK == 2 && is_later) {
-        if (is_mine && before + STAGES < work.num_steps) {
+        int next = step - 1 + STAGES;
+        if (is_mine && next < work.num_steps) {
             barrier_wait(rings.empty + 8 * place.refilled.slot, place.refilled.parity);
-            if (threadIdx.x % 32 == 0)
-                copy_weights(maps, work, before + STAGES, place.refilled.slot, rings);
+            if (threadIdx.x % 32 == 0) copy_weights(maps, work, next, place.refilled.slot, rings);
         }
-        place.refilled.advance(K_GROUPS);
+        place.refilled.advance();
     }
     __syncwarp();
 }
 
 // Of the two outputs 8 apart that a thread has of each tile.
 DEVICE int first_local_row() {
-    int group = threadIdx.x / 128 % ROW_GROUPS;
-    return group * TILES * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    return threadIdx.x / 128 * TILES * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
 }
 
 DEVICE void consume(float (&sums)[TILES][BLOCK_T / 2], const Maps &maps, const Work &work,
@@ -348,8 +337,6 @@ DEVICE void consume(float (&sums)[TILES][BLOCK_T / 2], const Maps &maps, const W
                     int num_all_steps) {
     int lane = threadIdx.x % 32, quad = lane % 4, local_row = first_local_row();
     int warp = __shfl_sync(-1u, threadIdx.x / 32, 0);  // known to be one for the warp
-    int k_group = K_GROUPS == 1 ? 0 : warp / (ROW_GROUPS * 4);
-    warp %= ROW_GROUPS * 4;
     int row[TILES][2];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
@@ -359,20 +346,17 @@ DEVICE void consume(float (&sums)[TILES][BLOCK_T / 2], const Maps &maps, const W
     u32 low_at = low_place(local_row, quad, BLOCK_N * LOW_ROW);
     u32 high_at = HIGH_AT + high_place(local_row, quad);
     Ahead ahead;
-    load_ahead(ahead, supers, words, num_all_steps, row, work.first_step + k_group, quad);
+    load_ahead(ahead, supers, words, num_all_steps, row, work.first_step, quad);
     Place place;
     place.done = place.x_done = 0;
-    place.weights.slot = place.refilled.slot = k_group;
-    place.x.slot = place.x_refilled.slot = k_group * X_PER_STEP;
-    int i = k_group;
+    int i = 0;
     do {  // there is a step: a way past them would set sums while products may be in flight
-        bool is_later = i >= K_GROUPS;
+        bool is_later = i > 0;
         u32 stage = rings.weights + place.weights.slot * STAGE_BYTES;
         u32 full = rings.full + 8 * place.weights.slot;
         Ahead here = ahead;
-        if (i + K_GROUPS < work.num_steps)
-            load_ahead(ahead, supers, words, num_all_steps, row, work.first_step + i + K_GROUPS,
-                       quad);
+        if (i + 1 < work.num_steps)
+            load_ahead(ahead, supers, words, num_all_steps, row, work.first_step + i + 1, quad);
         barrier_wait(full, place.weights.parity);
         Operand from;
         from.low = stage + low_at, from.high = stage + high_at;
@@ -394,9 +378,8 @@ DEVICE void consume(float (&sums)[TILES][BLOCK_T / 2], const Maps &maps, const W
         multiply_block<3>(sums, a[1], from, units, quad, is_later, place, rings);
         refill<3>(maps, work, i, is_later, warp, place, rings);
         place.done = full + 8 * STAGES;
-        place.weights.advance(K_GROUPS);
-        skip_others(place.x);
-    } while ((i += K_GROUPS) < work.num_steps);
+        place.weights.advance();
+    } while (++i < work.num_steps);
     products_wait<0>();
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
@@ -405,7 +388,7 @@ DEVICE void consume(float (&sums)[TILES][BLOCK_T / 2], const Maps &maps, const W
 }
 
 DEVICE void keep_sums(const float (&sums)[TILES][BLOCK_T / 2], float *kept) {
-    int row = threadIdx.x / (ROW_GROUPS * 128) * BLOCK_N + first_local_row();
+    int row = first_local_row();
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -437,26 +420,23 @@ DEVICE void store_pair(float x, float y, const u16 *bias, void *out, size_t inde
     }
 }
 
-// Adds the sums of PARTS blocks, whose first has this rank, in the order of parts and K groups;
-// each block takes some tokens.
+// Adds the sums of the PARTS blocks of a cluster in their order; each block takes some tokens.
 template <int PARTS>
-DEVICE void store_sums(const Work &work, u32 kept, u32 first_rank, const u16 *bias, void *out,
-                       int num_rows, int num_tokens, int out_stride) {
+DEVICE void store_sums(const Work &work, u32 kept, const u16 *bias, void *out, int num_rows,
+                       int num_tokens, int out_stride) {
     constexpr int FOURS = BLOCK_N / 4;
     int part = work.part, tokens = min(BLOCK_T, num_tokens - work.first_token);
     for (int i = threadIdx.x; i < (tokens + PARTS - 1 - part) / PARTS * FOURS; i += THREADS) {
         int token = i / FOURS * PARTS + part, local_row = i % FOURS * 4;
         int row = work.first_row + local_row;
         if (row >= num_rows) continue;
-        float4 value[PARTS * K_GROUPS];
+        float4 value[PARTS];
 #pragma unroll
-        for (int j = 0; j < PARTS * K_GROUPS; j++)
-            value[j] = load_of_rank(
-                kept + (token * PITCH + j % K_GROUPS * BLOCK_N + local_row) * 4,
-                first_rank + j / K_GROUPS);
+        for (int j = 0; j < PARTS; j++)
+            value[j] = load_of_rank(kept + (token * PITCH + local_row) * 4, j);
         float4 total = value[0];
 #pragma unroll
-        for (int j = 1; j < PARTS * K_GROUPS; j++) {
+        for (int j = 1; j < PARTS; j++) {
             total.x += value[j].x, total.y += value[j].y;
             total.z += value[j].z, total.w += value[j].w;
         }
@@ -466,17 +446,12 @@ DEVICE void store_sums(const Work &work, u32 kept, u32 first_rank, const u16 *bi
     }
 }
 
-// The first num_whole tiles have a block each, the others a cluster of a power of 2.
-DEVICE Work work_of(int num_whole, int num_token_tiles, int num_all_steps) {
+// A tile has a cluster, whose size is a power of 2.
+DEVICE Work work_of(int num_token_tiles, int num_all_steps) {
     Work work;
-    int block = blockIdx.x, tile = block, shift = 0;
-    work.part = 0;
-    if (block >= num_whole) {
-        shift = __ffs(cluster_size()) - 1;
-        tile = num_whole + (block - num_whole >> shift);
-        work.part = cluster_rank();
-    }
-    work.parts = 1 << shift;
+    work.parts = cluster_size();
+    work.part = cluster_rank();
+    int shift = __ffs(work.parts) - 1, tile = blockIdx.x >> shift;
     int row_tile = num_token_tiles == 1 ? tile : tile / num_token_tiles;
     work.first_row = row_tile * BLOCK_N;
     work.first_token = (tile - row_tile * num_token_tiles) * BLOCK_T;
@@ -492,23 +467,23 @@ DEVICE void prefetch_map(const TensorMap &map) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     quant_mma(const __grid_constant__ Maps maps, const void *supers, const void *words,
               const u16 *bias, void *out, int num_rows, int num_tokens, int num_all_steps,
-              int num_token_tiles, int num_whole, int out_stride) {
+              int num_token_tiles, int out_stride) {
     start_next_kernel();
     extern __shared__ char shared[];
     char *stages = shared + (1024 - (shared_address(shared) & 1023)) % 1024;
     Rings rings = rings_at(shared_address(stages));
-    Work work = work_of(num_whole, num_token_tiles, num_all_steps);
+    Work work = work_of(num_token_tiles, num_all_steps);
     if (threadIdx.x == 0) {
         prefetch_map(maps.low);
         if (WORD_BYTES) prefetch_map(maps.words);
         prefetch_map(maps.x);
         for (int i = 0; i < X_SLOTS; i++) {
             barrier_init(rings.x_full + 8 * i, 1);
-            barrier_init(rings.x_empty + 8 * i, ROW_GROUPS * 4);
+            barrier_init(rings.x_empty + 8 * i, WARPGROUPS * 4);
         }
         for (int i = 0; i < STAGES; i++) {
             barrier_init(rings.full + 8 * i, 1);
-            barrier_init(rings.empty + 8 * i, ROW_GROUPS * 4);
+            barrier_init(rings.empty + 8 * i, WARPGROUPS * 4);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -531,24 +506,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     consume(sums, maps, work, rings, supers, words, num_rows, num_all_steps);
     __syncthreads();  // the sums take the place of the rings
     keep_sums(sums, (float *)stages);
-    if (cluster_size() == 1)
+    if (work.parts == 1)
         __syncthreads();
     else
         cluster_sync();
-    u32 kept = shared_address(stages), first_rank = work.parts == 1 ? cluster_rank() : 0;
+    u32 kept = shared_address(stages);
     switch (work.parts) {
         case 1:
-            store_sums<1>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+            store_sums<1>(work, kept, bias, out, num_rows, num_tokens, out_stride);
             break;
         case 2:
-            store_sums<2>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+            store_sums<2>(work, kept, bias, out, num_rows, num_tokens, out_stride);
             break;
         case 4:
-            store_sums<4>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+            store_sums<4>(work, kept, bias, out, num_rows, num_tokens, out_stride);
             break;
         default:
-            store_sums<8>(work, kept, first_rank, bias, out, num_rows, num_tokens, out_stride);
+            store_sums<8>(work, kept, bias, out, num_rows, num_tokens, out_stride);
     }
     __syncwarp();
-    if (cluster_size() > 1) cluster_wait_for_readers();  // no block ends while others read its sums
+    if (work.parts > 1) cluster_wait_for_readers();  // no block ends while others read its sums
 }

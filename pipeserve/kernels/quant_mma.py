@@ -38,6 +38,8 @@ from pipeserve.kernels.quant_split import card_limits
 
 ARCH = "sm_90a"
 STEP_COLUMNS = INTERLEAVED_COLUMNS
+LEAST_STAGES = 2
+"""A step in use, and one on its way: what was used is filled again during the next step."""
 MAX_PARTS = 8
 """Blocks of a cluster: what every card allows."""
 _SHARED_BYTES, _BLOCK_SHARED_BYTES, _RESERVED_BYTES = 228 * 1024, 227 * 1024, 1024
@@ -51,11 +53,9 @@ class MmaVariant:
     block_t: int
     """Tokens of a block: a multiple of 8 up to 256."""
     warpgroups: int
-    """Of 128 threads, for outputs; k_groups times as many in all."""
+    """Of 128 threads."""
     tiles: int
     """Of 64 outputs, per warpgroup."""
-    k_groups: int = 1
-    """That take the steps of columns in turn."""
     num_stages: int
     """Steps of weights in flight or in use."""
     x_blocks: int = 4
@@ -70,18 +70,12 @@ class MmaVariant:
         return self.warpgroups * self.tiles * 64
 
     @property
-    def least_stages(self) -> int:
-        """A step in use and the next one of every K group: a group refills what it has used while
-        it is at its next step."""
-        return 2 * self.k_groups
-
-    @property
     def num_x_slots(self) -> int:
         return self.x_slots or self.num_stages * 4 // self.x_blocks
 
     @property
     def num_threads(self) -> int:
-        return self.warpgroups * self.k_groups * 128
+        return self.warpgroups * 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +85,6 @@ class MmaTiling:
     variant: MmaVariant
     num_parts: int
     """Of the columns: blocks of a cluster."""
-    num_whole: int = 0
-    """So many tiles, a multiple of num_parts, are not cut into parts: where all would leave the
-    last round of blocks half empty."""
 
 
 def shared_bytes(layout: QuantLayout, variant: MmaVariant) -> int:
@@ -103,13 +94,13 @@ def shared_bytes(layout: QuantLayout, variant: MmaVariant) -> int:
     stage = -(-variant.block_n * row_bytes // 1024) * 1024
     x_slot = variant.x_blocks * 128 * variant.block_t
     rings = variant.num_stages * (stage + 16) + variant.num_x_slots * (x_slot + 16)
-    sums = (variant.k_groups * variant.block_n + 4) * variant.block_t * 4
+    sums = (variant.block_n + 4) * variant.block_t * 4
     return 1024 + max(rings, sums)
 
 
 def fitted(layout: QuantLayout, variant: MmaVariant) -> MmaVariant | None:
     """With as many stages, up to its own, as let blocks_at_once fit a multiprocessor, or None."""
-    for num_stages in range(variant.num_stages, variant.least_stages - 1, -1):
+    for num_stages in range(variant.num_stages, LEAST_STAGES - 1, -1):
         fewer = replace(variant, num_stages=num_stages)
         block_bytes = shared_bytes(layout, fewer)
         held_bytes = (block_bytes + _RESERVED_BYTES) * fewer.blocks_at_once
@@ -179,17 +170,15 @@ def mma(
     if interleaved_TK is None:
         interleaved_TK = interleave_rows(x_TK)
     variant = tiling.variant
-    assert num_steps // tiling.num_parts >= variant.k_groups, f"{num_steps} steps for {tiling}"
+    assert num_steps >= tiling.num_parts, f"{num_steps} steps for {tiling}"
     token_tiles = -(-num_tokens // variant.block_t)
     row_tiles = -(-num_rows // variant.block_n)
-    num_tiles = row_tiles * token_tiles
-    num_whole = min(tiling.num_whole, num_tiles // tiling.num_parts * tiling.num_parts)
     x_map = tensor_map(interleaved_TK, box_rows=variant.block_t, box_columns=64, swizzle=128)
     maps = _weight_maps(weight, variant.block_n) + x_map
     pointers = (weight.supers, weight.scales, bias_N, out_TN)
-    integers = (num_rows, num_tokens, num_steps, token_tiles, num_whole, out_TN.stride(0))
+    integers = (num_rows, num_tokens, num_steps, token_tiles, out_TN.stride(0))
     _kernel(weight.type_name, variant, out_TN.dtype, x_TK.device).launch(
-        num_blocks=num_whole + (num_tiles - num_whole) * tiling.num_parts,
+        num_blocks=row_tiles * token_tiles * tiling.num_parts,
         num_threads=variant.num_threads,
         cluster_size=tiling.num_parts,
         stream=torch.cuda.current_stream(x_TK.device).cuda_stream,
@@ -226,8 +215,7 @@ def mma_source(type_name: str, variant: MmaVariant, out_dtype: torch.dtype) -> s
     text = text.replace("// WGMMA", _multiply_add(variant.block_t))
     constants = layout_constants(LAYOUTS[type_name]) | {
         "BLOCK_T": variant.block_t,
-        "WARPGROUPS": variant.warpgroups * variant.k_groups,
-        "K_GROUPS": variant.k_groups,
+        "WARPGROUPS": variant.warpgroups,
         "TILES": variant.tiles,
         "STAGES": variant.num_stages,
         "X_BLOCKS": variant.x_blocks,

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pipeserve.kernels.quant_gemm import GemmTiling
 from pipeserve.kernels.quant_imma import ImmaTiling, ImmaVariant
 from pipeserve.kernels.quant_layout import LAYOUTS, UNIT
-from pipeserve.kernels.quant_mma import MmaTiling, MmaVariant, choose_mma_tiling, shared_bytes
+from pipeserve.kernels.quant_mma import (
+    LEAST_STAGES,
+    MmaTiling,
+    MmaVariant,
+    choose_mma_tiling,
+    shared_bytes,
+)
 
 GEMM_ROWS = 256
 """From more rows on, writing the matrix out once and the vendor's library are faster, as far as no
@@ -72,11 +78,9 @@ class Mma:
 
     def __str__(self) -> str:
         v = self.tiling.variant
-        k_groups = f"x{v.k_groups}" if v.k_groups > 1 else ""
-        whole = f" w{self.tiling.num_whole}" if self.tiling.num_whole else ""
         return (
-            f"mma t{v.block_t} {v.warpgroups}x{v.tiles}{k_groups} s{v.num_stages} x{v.x_blocks}/"
-            f"{v.num_x_slots} b{v.blocks_at_once} p{self.tiling.num_parts}{whole}"
+            f"mma t{v.block_t} {v.warpgroups}x{v.tiles} s{v.num_stages} x{v.x_blocks}/"
+            f"{v.num_x_slots} b{v.blocks_at_once} p{self.tiling.num_parts}"
         )
 
 
@@ -95,9 +99,7 @@ BatchWay = Gemm | Mma | Dequantise
 _GEMV = re.compile(r"gemv n(\d+) x(\d+) p(\d+)")
 _IMMA = re.compile(r"imma t(\d+) (\d+)x(\d+) s(\d+) b(\d+) p(\d+)")
 _GEMM = re.compile(r"gemm n(\d+) t(\d+) w(\d+) warps(\d+) s(\d+) p(\d+)")
-_MMA = re.compile(
-    r"mma t(\d+) (\d+)x(\d+)(?:x(\d+))? s(\d+) x(\d+)/(\d+) b(\d+) p(\d+)(?: w(\d+))?"
-)
+_MMA = re.compile(r"mma t(\d+) (\d+)x(\d+) s(\d+) x(\d+)/(\d+) b(\d+) p(\d+)")
 
 
 def parse_few_rows_way(text: str) -> FewRowsWay:
@@ -127,10 +129,7 @@ def parse_batch_way(text: str, type_name: str) -> BatchWay:
     if (found := _GEMM.fullmatch(text)) is not None:
         return _parse_gemm(text, *map(int, found.groups()))
     if (found := _MMA.fullmatch(text)) is not None:
-        variant, k_groups, rest = found.groups()[:3], found[4] or "1", found.groups()[4:9]
-        return _parse_mma(
-            text, type_name, *map(int, (*variant, k_groups, *rest, found[10] or "0"))
-        )  # fmt: skip
+        return _parse_mma(text, type_name, *map(int, found.groups()))
     raise ValueError(
         f"{text!r} is no way to multiply a batch; those are gemm, dequantise, "
         "'gemm n64 t32 w2 warps2 s3 p1' and 'mma t32 1x1 s3 x4/3 b4 p2'"
@@ -165,27 +164,21 @@ def _parse_gemm(text: str, *numbers: int) -> Gemm:
 
 
 def _parse_mma(text: str, type_name: str, *numbers: int) -> Mma:
-    block_t, warpgroups, tiles, k_groups, num_stages, x_blocks, x_slots, *rest = numbers
-    blocks_at_once, num_parts, num_whole = rest
+    block_t, warpgroups, tiles, num_stages, x_blocks, x_slots, blocks_at_once, num_parts = numbers
     variant = MmaVariant(
-        block_t=block_t, warpgroups=warpgroups, tiles=tiles, k_groups=k_groups,
-        num_stages=num_stages, x_blocks=x_blocks, x_slots=x_slots, blocks_at_once=blocks_at_once,
+        block_t=block_t, warpgroups=warpgroups, tiles=tiles, num_stages=num_stages,
+        x_blocks=x_blocks, x_slots=x_slots, blocks_at_once=blocks_at_once,
     )  # fmt: skip
     if block_t % 8 or not 8 <= block_t <= 256:
         raise ValueError(f"{text!r} has {block_t} tokens; they are a multiple of 8 up to 256")
     if x_blocks not in (1, 2, 4) or num_parts not in (1, 2, 4, 8):
         raise ValueError(f"{text!r}: x is 1, 2 or 4, and p is 1, 2, 4 or 8")
-    if min(warpgroups, tiles, k_groups, x_slots, blocks_at_once) < 1 or num_stages < 2:
+    if min(warpgroups, tiles, x_slots, blocks_at_once) < 1 or num_stages < LEAST_STAGES:
         raise ValueError(f"{text!r} has a number that is too small")
-    is_short = k_groups > 1 and x_slots * x_blocks < 8 * k_groups
-    if num_stages < variant.least_stages or is_short or num_whole % num_parts:
-        raise ValueError(
-            f"{text!r}: two steps of each group of columns must fit, and whole tiles fill clusters"
-        )
     num_bytes = shared_bytes(LAYOUTS[type_name], variant) * blocks_at_once
     if num_bytes > _HOPPER_SHARED_BYTES:
         raise ValueError(f"{text!r} takes {num_bytes} bytes of shared memory for {type_name}")
-    return Mma(tiling=MmaTiling(variant=variant, num_parts=num_parts, num_whole=num_whole))
+    return Mma(tiling=MmaTiling(variant=variant, num_parts=num_parts))
 
 
 def _is_power_of_2(number: int) -> bool:

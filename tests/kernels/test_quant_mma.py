@@ -174,29 +174,6 @@ def test_mma(type_name: str, num_tokens: int, hopper: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "Q8_0"])
-@pytest.mark.parametrize(
-    ("k_groups", "num_parts", "num_whole"), [(2, 1, 0), (2, 2, 0), (4, 1, 0), (1, 2, 4), (2, 4, 4)]
-)
-def test_mma_by_groups_and_whole_tiles(
-    type_name: str, k_groups: int, num_parts: int, num_whole: int, hopper: torch.device
-) -> None:
-    torch.manual_seed(0)
-    weight = random_weight(type_name, 330, 2304, hopper)  # 6 tiles; 9 steps, uneven for all groups
-    x = torch.randn(13, 2304, device=hopper).half()
-    wanted = quant_reference.matmul(x.float(), weight)
-    variant = fitted(
-        LAYOUTS[type_name],
-        MmaVariant(block_t=16, warpgroups=1, tiles=1, k_groups=k_groups, num_stages=8),
-    )
-    assert variant is not None
-    tiling = MmaTiling(variant=variant, num_parts=num_parts, num_whole=num_whole)
-    got = mma(x, weight, out_dtype=torch.float32, tiling=tiling)
-    assert relative_error(got, wanted) < 1e-3
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("num_parts", [1, 4])
 def test_mma_writes_columns_of_a_wider_output(num_parts: int, hopper: torch.device) -> None:
     torch.manual_seed(0)
