@@ -18,7 +18,13 @@ from pipeserve.kernels.interleaved_rows import INTERLEAVED_COLUMNS
 from pipeserve.kernels.quant_dequant import dequantise
 from pipeserve.kernels.quant_gemm import gemm
 from pipeserve.kernels.quant_gemv import gemv
-from pipeserve.kernels.quant_imma import ImmaVariant, has_imma, imma, takes_imma
+from pipeserve.kernels.quant_imma import (
+    ImmaVariant,
+    choose_imma_tiling,
+    has_imma,
+    imma,
+    takes_imma,
+)
 from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_mma import (
     MmaVariant,
@@ -52,6 +58,12 @@ from pipeserve.kernels.quant_ways import (
 
 GEMV_ROWS = 4
 """Up to this many, integer dot products are fastest: measured on an H100 (loadtest/README.md)."""
+
+_BYTE_ROWS = 16
+_HOPPER_BYTE_ROWS = 8
+"""From GEMV_ROWS up to these, where no table says otherwise, bytes go to tensor cores: on an H200
+1.2 times as fast as Hopper's own kernel at 8 rows, and slower at 16, where it is 1.3 times as fast
+as Triton's for other cards."""
 
 DENSE_ROWS = 128
 """From more rows on, a matrix that is kept dequantised as well is multiplied as such: at 128 rows
@@ -91,10 +103,9 @@ class QuantProducts:
     def __init__(self, table: TunedTable) -> None:
         self._table = table
 
-    @property
-    def most_byte_rows(self) -> int:
+    def most_byte_rows(self, device: torch.device) -> int:
         """Up to so many rows some matrix may be multiplied by bytes."""
-        return max(GEMV_ROWS, self._table.most_byte_rows)
+        return max(GEMV_ROWS, self._table.most_byte_rows, _rule_byte_rows(device))
 
     def takes_interleaved(self, num_tokens: int, num_columns: int, device: torch.device) -> bool:
         """Whether matrices of so many columns are likely multiplied by interleaved rows."""
@@ -106,8 +117,11 @@ class QuantProducts:
         return num_tokens <= GEMV_ROWS or isinstance(self.few_rows_way(weight, num_tokens), Imma)
 
     def few_rows_way(self, weight: PlanarWeight, num_tokens: int) -> FewRowsWay:
-        """What the table says, as far as the card can do it."""
-        way = self._table.few_rows_way(_key(weight), num_tokens)
+        """What the table says or, where it has no such matrix, the rule; as far as the card can."""
+        if _key(weight) in self._table.products:
+            way = self._table.few_rows_way(_key(weight), num_tokens)
+        else:
+            way = _few_rows_rule(weight, num_tokens)
         if way is None or (isinstance(way, Imma) and not _can(way, weight)):
             return Gemv()
         return way
@@ -199,7 +213,10 @@ class QuantProducts:
 
     def _byte_variants(self, weight: PlanarWeight) -> Iterator[ImmaVariant]:
         measured = self._table.products.get(_key(weight))
-        ways = () if measured is None else measured.few_rows.values()
+        if measured is not None:
+            ways = list(measured.few_rows.values())
+        else:
+            ways = [_few_rows_rule(weight, most) for most in (_HOPPER_BYTE_ROWS, _BYTE_ROWS)]
         yield from (way.tiling.variant for way in ways if isinstance(way, Imma))
 
     def _variants(self, weight: PlanarWeight) -> Iterator[MmaVariant]:
@@ -214,6 +231,23 @@ class QuantProducts:
 
 def _key(weight: PlanarWeight) -> tuple[str, int, int]:
     return weight.type_name, weight.num_rows, weight.num_columns
+
+
+def _rule_byte_rows(device: torch.device) -> int:
+    if not has_imma(device):
+        return GEMV_ROWS
+    return _HOPPER_BYTE_ROWS if is_hopper(device) else _BYTE_ROWS
+
+
+def _few_rows_rule(weight: PlanarWeight, num_tokens: int) -> FewRowsWay:
+    device = weight.low.device
+    if not GEMV_ROWS < num_tokens <= _rule_byte_rows(device) or not takes_imma(weight):
+        return Gemv()
+    return Imma(
+        tiling=choose_imma_tiling(
+            weight.layout, weight.num_rows, weight.num_columns, num_tokens, card_limits(device)
+        )
+    )
 
 
 def _can(way: Imma, weight: PlanarWeight) -> bool:

@@ -133,7 +133,7 @@ class FormsWanted:
     ) -> tuple[QuantisedRows | None, Tensor | None]:
         """Bytes and interleaved rows to be written, where they are wanted."""
         rounded = interleaved_TK = None
-        if self.has_bytes and num_tokens <= self.products.most_byte_rows:
+        if self.has_bytes and num_tokens <= self.products.most_byte_rows(device):
             rounded = empty_rows(num_tokens, num_columns, device)
         if self.products.takes_interleaved(num_tokens, num_columns, device):
             shape = (num_tokens, num_columns)
