@@ -57,11 +57,13 @@ from pipeserve.kernels.quant_ways import (
 )
 
 GEMV_ROWS = 4
-"""Up to this many, integer dot products are fastest: measured on an H100 (loadtest/README.md)."""
+"""Up to this many, integer dot products are faster than 16-bit products on tensor cores: measured
+on an H100 (loadtest/README.md)."""
 
+_LEAST_BYTE_ROWS = 3
 _BYTE_ROWS = 16
 _HOPPER_BYTE_ROWS = 8
-"""From GEMV_ROWS up to these, where no table says otherwise, bytes go to tensor cores: on an H200
+"""From the first up to these, where no table says otherwise, bytes go to tensor cores: on an H200
 1.2 times as fast as Hopper's own kernel at 8 rows, and slower at 16, where it is 1.3 times as fast
 as Triton's for other cards."""
 
@@ -241,7 +243,8 @@ def _rule_byte_rows(device: torch.device) -> int:
 
 def _few_rows_rule(weight: PlanarWeight, num_tokens: int) -> FewRowsWay:
     device = weight.low.device
-    if not GEMV_ROWS < num_tokens <= _rule_byte_rows(device) or not takes_imma(weight):
+    is_between = _LEAST_BYTE_ROWS <= num_tokens <= _rule_byte_rows(device)
+    if not is_between or not takes_imma(weight):
         return Gemv()
     return Imma(
         tiling=choose_imma_tiling(

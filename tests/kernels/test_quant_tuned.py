@@ -292,7 +292,7 @@ def test_the_rule_takes_bytes_where_no_table_knows_the_matrix(
         monkeypatch.setattr(quant_products, "has_imma", lambda device: True)
         monkeypatch.setattr(quant_products, "is_hopper", lambda device, found=is_hopper: found)
         assert products.most_byte_rows(device) == most
-        ways = [products.few_rows_way(weight, num_tokens) for num_tokens in (4, 5, most, most + 1)]
+        ways = [products.few_rows_way(weight, num_tokens) for num_tokens in (2, 3, most, most + 1)]
         assert [type(way) for way in ways] == [Gemv, Imma, Imma, Gemv]
         assert not products.takes_bytes(weight, most + 1)
     monkeypatch.setattr(quant_products, "has_imma", lambda device: False)
