@@ -55,7 +55,7 @@ from pipeserve.kernels.tuned_files import TunedTableError, file_stem
 
 FEW_ROWS = (1, 2, 4)
 BATCH_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
-BYTE_ROWS = (8, 16, 32, 64)
+BYTE_ROWS = (4, 8, 16, 32, 64)
 """Of these, where bytes on tensor cores are tried as well."""
 _SCRATCH_FROM = 64
 """With fewer rows, writing the matrix out is never faster."""
@@ -174,14 +174,18 @@ def _tune_matrix(
     values_NK = dequantise(weights[0], torch.float32)
     few: dict[int, FewRowsWay] = {}
     for num_tokens in FEW_ROWS:
-        few[num_tokens], text = _try_few_rows(weights, num_tokens)
+        few[num_tokens], gemv_us, text = _try_few_rows(weights, num_tokens)
         report(text)
+        few[num_tokens] = (
+            _try_bytes(weights, values_NK, num_tokens, gemv_us, report) or few[num_tokens]
+        )
     batch = []
     for num_tokens in BATCH_ROWS:
         batch.append(_try_batch(weights, values_NK, num_tokens))
         report(str(batch[-1]))
     for trial in batch:
-        bytes_way = _try_bytes(weights, values_NK, trial, report)
+        batch_us = trial.times_us[trial.best]
+        bytes_way = _try_bytes(weights, values_NK, trial.num_tokens, batch_us, report)
         if bytes_way is None:
             break  # and not for more rows either: a table's ways follow each other
         few[trial.num_tokens] = bytes_way
@@ -190,8 +194,8 @@ def _tune_matrix(
     return MappingProxyType(few), batch
 
 
-def _try_few_rows(weights: Sequence[PlanarWeight], num_tokens: int) -> tuple[Gemv, str]:
-    """The fastest launch shape, gemv's own where that is as good; and how it compares."""
+def _try_few_rows(weights: Sequence[PlanarWeight], num_tokens: int) -> tuple[Gemv, float, str]:
+    """The fastest launch shape, gemv's own where that is as good, its time, and how it compares."""
     weight = weights[0]
     x_TK = torch.randn(num_tokens, weight.num_columns, device=weight.low.device).half()
     multiply_rows = partial(gemv, quantise_rows(x_TK), out_dtype=torch.float16)
@@ -211,20 +215,22 @@ def _try_few_rows(weights: Sequence[PlanarWeight], num_tokens: int) -> tuple[Gem
     own_us = times_us[Gemv()]
     fastest = min(times_us, key=times_us.__getitem__)
     best = fastest if own_us > GAIN * times_us[fastest] else Gemv()
-    return best, (
+    text = (
         f"{weight.num_rows}x{weight.num_columns} {weight.type_name} {num_tokens:4} rows: {best}, "
         f"{times_us[best] / own_us:.0%} of gemv's own {own_us:.1f} us"
     )
+    return best, times_us[best], text
 
 
 def _try_bytes(
     weights: Sequence[PlanarWeight],
     values_NK: Tensor,
-    trial: Trial,
+    num_tokens: int,
+    other_us: float,
     report: Callable[[str], None],
 ) -> Imma | None:
-    """The fastest tiling of the kernel on bytes, where it is faster than the best for a batch."""
-    weight, num_tokens = weights[0], trial.num_tokens
+    """The fastest tiling of the kernel on bytes, where it is faster than the best other way."""
+    weight = weights[0]
     if num_tokens not in BYTE_ROWS or not takes_imma(weight):
         return None
     x_TK = torch.randn(num_tokens, weight.num_columns, device=weight.low.device).half()
@@ -236,15 +242,14 @@ def _try_bytes(
         if _error(call(weight), wanted) < _BYTES_ERROR_LIMIT:
             times_us[Imma(tiling=tiling)] = time_us([partial(call, copy) for copy in weights])
     if not times_us:
-        report(f"{trial.key}, {num_tokens} rows: every product on bytes is WRONG")
+        report(f"{weight.type_name}, {num_tokens} rows: every product on bytes is WRONG")
         return None
     best = min(times_us, key=times_us.__getitem__)
-    batch_us = trial.times_us[trial.best]
     report(
         f"{weight.num_rows}x{weight.num_columns} {weight.type_name} {num_tokens:4} rows: "
-        f"{times_us[best]:.1f} us {best}, {batch_us:.1f} us in f16"
+        f"{times_us[best]:.1f} us {best}, {other_us:.1f} us otherwise"
     )
-    return best if batch_us > GAIN * times_us[best] else None
+    return best if other_us > GAIN * times_us[best] else None
 
 
 def _try_batch(weights: Sequence[PlanarWeight], values_NK: Tensor, num_tokens: int) -> Trial:
