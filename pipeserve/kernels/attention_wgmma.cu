@@ -1,15 +1,15 @@
-// Causal attention of prefill chunks over the cache's pages, on Hopper's tensor cores. A block stays
-// on its multiprocessor and takes tile after tile of queries; the query heads that share a kv head
-// are rows of one tile. One warp finds the tiles and has the copy engine fetch queries and, page by
-// page, keys and values; CONSUMERS groups of warps multiply 64 rows each. A group's softmax runs
-// while its last product does, and while another group's do where they take turns.
+// Causal attention of prefill chunks over the cache's pages, on Hopper's tensor cores. A block
+// stays on its multiprocessor and takes tile after tile of queries; the query heads that share a kv
+// head are rows of one tile. One warp finds the tiles and has the copy engine fetch queries and,
+// page by page, keys and values; CONSUMERS groups of warps multiply 64 rows each. A group's softmax
+// runs while its last product does, and while another group's do where they take turns.
 // Flash attention's online softmax (arXiv 2205.14135) and its order on Hopper (arXiv 2407.08608).
 
 // PTX
 
 constexpr int ROWS = CONSUMERS * 64;
 constexpr int QUERIES = ROWS / GROUP;  // of a tile; its last rows may belong to none
-constexpr int HALVES = (HEAD_DIM + 63) / 64;  // of 64 dims each, whose rows of 128 bytes are swizzled
+constexpr int HALVES = (HEAD_DIM + 63) / 64;  // of 64 dims, whose rows of 128 bytes are swizzled
 constexpr int BLOCK_H = HALVES * 64;
 constexpr int PAGES = TILE / 16;
 constexpr int SCORES = TILE / 2;  // of a thread
@@ -42,31 +42,42 @@ struct Cursor {
     }
 };
 
-// Shared memory: rings of queries, keys and values, and per slot a barrier that it is full and one
-// that it is empty; a note per tile of queries; and what chunks there are.
-struct Rings {
-    u32 queries, keys, values, query_full, query_empty, key_full, key_empty, value_full, value_empty;
+// Slots in shared memory, each with a barrier that it is full and one that it is empty.
+template <int COUNT, int SLOT_BYTES>
+struct Ring {
+    u32 slots, full, empty;
+    DEVICE Ring(u32 slots, u32 barriers)
+        : slots(slots), full(barriers), empty(barriers + 8 * COUNT) {}
+    DEVICE u32 slot_of(const Cursor<COUNT> &at) const { return slots + at.slot * SLOT_BYTES; }
+    DEVICE u32 full_of(const Cursor<COUNT> &at) const { return full + 8 * at.slot; }
+    DEVICE void wait_full(const Cursor<COUNT> &at) const { barrier_wait(full_of(at), at.parity); }
+    DEVICE void wait_empty(const Cursor<COUNT> &at) const {
+        barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
+    }
+    DEVICE void release(const Cursor<COUNT> &at) const { barrier_arrive(empty + 8 * at.slot); }
+    DEVICE void init() const {
+        for (int i = 0; i < COUNT; i++) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, CONSUMERS * 4);
+        }
+    }
 };
-constexpr int QUERY_AT = 0;
-constexpr int KEY_AT = Q_SLOTS * QUERY_BYTES;
-constexpr int VALUE_AT = KEY_AT + STAGES * STAGE_BYTES;
-constexpr int BARRIERS_AT = VALUE_AT + STAGES * STAGE_BYTES;
+
+// Behind the rings: a note per tile of queries, and what chunks there are.
+constexpr int KEYS_AT = Q_SLOTS * QUERY_BYTES;
+constexpr int VALUES_AT = KEYS_AT + STAGES * STAGE_BYTES;
+constexpr int BARRIERS_AT = VALUES_AT + STAGES * STAGE_BYTES;
 constexpr int NOTES_AT = BARRIERS_AT + 16 * (Q_SLOTS + 2 * STAGES);
 constexpr int CHUNKS_AT = NOTES_AT + 32 * Q_SLOTS;
 
-DEVICE Rings rings_at(u32 start) {
-    Rings rings;
-    rings.queries = start + QUERY_AT;
-    rings.keys = start + KEY_AT;
-    rings.values = start + VALUE_AT;
-    rings.query_full = start + BARRIERS_AT;
-    rings.query_empty = rings.query_full + 8 * Q_SLOTS;
-    rings.key_full = rings.query_empty + 8 * Q_SLOTS;
-    rings.key_empty = rings.key_full + 8 * STAGES;
-    rings.value_full = rings.key_empty + 8 * STAGES;
-    rings.value_empty = rings.value_full + 8 * STAGES;
-    return rings;
-}
+struct Rings {
+    Ring<Q_SLOTS, QUERY_BYTES> queries;
+    Ring<STAGES, STAGE_BYTES> keys, values;
+    explicit DEVICE Rings(u32 start)
+        : queries(start, start + BARRIERS_AT),
+          keys(start + KEYS_AT, start + BARRIERS_AT + 16 * Q_SLOTS),
+          values(start + VALUES_AT, start + BARRIERS_AT + 16 * (Q_SLOTS + STAGES)) {}
+};
 
 // What the multiplying warps are told of a tile of queries. num_levels 0: there is no more.
 struct Note {
@@ -84,13 +95,15 @@ DEVICE int block_of(const Places &places, const int *row, int position, int end)
     return load_index(row + ((position / PAGE) << places.word_shift));
 }
 
-DEVICE void copy_level(u32 to, const TensorMap &map, int kv_head, int level, int block_lane,
-                       u32 full, u32 empty, u32 parity) {
+// Lane i knows the block of the i-th 16 positions.
+DEVICE void copy_level(const Ring<STAGES, STAGE_BYTES> &ring, const Cursor<STAGES> &at,
+                       const TensorMap &map, int kv_head, int level, int block_lane) {
     int blocks[PAGES];
 #pragma unroll
     for (int i = 0; i < PAGES; i++) blocks[i] = warp_from(block_lane, i);
-    barrier_wait(empty, parity ^ 1);
+    ring.wait_empty(at);
     if (is_elected()) {
+        u32 to = ring.slot_of(at), full = ring.full_of(at);
         barrier_expect(full, STAGE_BYTES);
 #pragma unroll
         for (int i = 0; i < PAGES; i++)
@@ -102,50 +115,58 @@ DEVICE void copy_level(u32 to, const TensorMap &map, int kv_head, int level, int
     warp_sync();
 }
 
+// Notes down a tile and starts the copies of its queries, of none where there are no levels.
+DEVICE void copy_queries_of(const Note &note, const TensorMap &map,
+                            const Ring<Q_SLOTS, QUERY_BYTES> &ring, const Cursor<Q_SLOTS> &at,
+                            Note *notes) {
+    ring.wait_empty(at);
+    if (is_elected()) {
+        u32 to = ring.slot_of(at), full = ring.full_of(at);
+        notes[at.slot] = note;
+        barrier_expect(full, note.num_levels == 0 ? 0 : QUERY_COPIED_BYTES);
+        if (note.num_levels > 0)
+#pragma unroll
+            for (int half = 0; half < HALVES; half++)
+                copy_queries(to + half * ROWS * 128, map, half * 64, note.kv_head * GROUP,
+                             note.token, full);
+    }
+    warp_sync();
+}
+
+DEVICE Note note_of(const Tile &tile, int kv_head, const Chunks &chunks, const Places &places) {
+    Note note;
+    note.num_queries = min(chunks.num_tokens[tile.seq] - tile.query, QUERIES);
+    note.first_position = chunks.first_positions[tile.seq] + tile.query;
+    note.num_levels = (note.first_position + note.num_queries + TILE - 1) / TILE;
+    note.token = load_index(places.starts + (tile.seq << places.word_shift)) + tile.query;
+    note.kv_head = kv_head;
+    return note;
+}
+
 DEVICE void produce(const Maps &maps, const Chunks &chunks, const Places &places,
                     const Rings &rings, Note *notes) {
     int lane = thread_index() % 32;
     Cursor<Q_SLOTS> query_at;
     Cursor<STAGES> at;
     for (int round = 0;; round++) {
+        // Who was first in one round is last in the next.
         int turn = round % 2 ? num_blocks_of_grid() - 1 - block_index() : block_index();
         int rank = round * num_blocks_of_grid() + turn;
         Tile tile = {0, 0};
+        Note note = {0, 0, 0, 0, 0};
         bool is_found = find_tile(chunks, rank / places.num_kv_heads, lane, tile);
-        Note note = {0, 0, 0, 0, rank % places.num_kv_heads};
-        int end = 0;
-        if (is_found) {
-            int start = load_index(places.starts + (tile.seq << places.word_shift));
-            note.num_queries = min(chunks.num_tokens[tile.seq] - tile.query, QUERIES);
-            note.first_position = chunks.first_positions[tile.seq] + tile.query;
-            note.token = start + tile.query;
-            end = note.first_position + note.num_queries;
-            note.num_levels = (end + TILE - 1) / TILE;
-        }
-        u32 query_full = rings.query_full + 8 * query_at.slot;
-        barrier_wait(rings.query_empty + 8 * query_at.slot, query_at.parity ^ 1);
-        if (is_elected()) {
-            notes[query_at.slot] = note;
-            barrier_expect(query_full, is_found ? QUERY_COPIED_BYTES : 0);
-            if (is_found)
-#pragma unroll
-                for (int half = 0; half < HALVES; half++)
-                    copy_queries(rings.queries + query_at.slot * QUERY_BYTES + half * ROWS * 128,
-                                 maps.queries, half * 64, note.kv_head * GROUP, note.token,
-                                 query_full);
-        }
-        warp_sync();
+        if (is_found) note = note_of(tile, rank % places.num_kv_heads, chunks, places);
+        copy_queries_of(note, maps.queries, rings.queries, query_at, notes);
         if (!is_found) return;
         query_at.advance();
         const int *row =
             places.table + (((size_t)tile.seq * places.table_stride) << places.word_shift);
-        int block = block_of(places, row, (note.num_levels - 1) * TILE + lane * 16, end);
-        for (int level = note.num_levels - 1; level >= 0; level--) {
+        int level = note.num_levels - 1, end = note.first_position + note.num_queries;
+        int block = block_of(places, row, level * TILE + lane * 16, end);
+        for (; level >= 0; level--) {
             int next = level == 0 ? 0 : block_of(places, row, (level - 1) * TILE + lane * 16, end);
-            copy_level(rings.keys + at.slot * STAGE_BYTES, maps.keys, note.kv_head, level, block,
-                       rings.key_full + 8 * at.slot, rings.key_empty + 8 * at.slot, at.parity);
-            copy_level(rings.values + at.slot * STAGE_BYTES, maps.values, note.kv_head, level,
-                       block, rings.value_full + 8 * at.slot, rings.value_empty + 8 * at.slot, at.parity);
+            copy_level(rings.keys, at, maps.keys, note.kv_head, level, block);
+            copy_level(rings.values, at, maps.values, note.kv_head, level, block);
             at.advance();
             block = next;
         }
@@ -200,11 +221,20 @@ DEVICE void pack(u32 (&probabilities)[TILE / 16][4], const float (&scores)[SCORE
     for (int step = 0; step < TILE / 16; step++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            probabilities[step][i] = pair_of(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
+            probabilities[step][i] =
+                pair_of(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
 }
 
-DEVICE void multiply_keys(float (&scores)[SCORES], u32 queries, u32 keys) {
-    u64 a = descriptor(queries), b = descriptor(keys);
+// Where a group is in the rings.
+struct Place {
+    Cursor<Q_SLOTS> queries;
+    Cursor<STAGES> keys, values;
+};
+
+DEVICE void multiply_keys(float (&scores)[SCORES], const Rings &rings, const Place &place,
+                          int group) {
+    u64 a = descriptor(rings.queries.slot_of(place.queries) + group * 64 * 128);
+    u64 b = descriptor(rings.keys.slot_of(place.keys));
     first_score_product(scores, a, b);
 #pragma unroll
     for (int step = 1; step < BLOCK_H / 16; step++)
@@ -213,8 +243,8 @@ DEVICE void multiply_keys(float (&scores)[SCORES], u32 queries, u32 keys) {
 }
 
 DEVICE void multiply_values(float (&sums)[BLOCK_H / 2], const u32 (&probabilities)[TILE / 16][4],
-                            u32 values) {
-    u64 b = transposed_descriptor(values);
+                            const Rings &rings, const Place &place) {
+    u64 b = transposed_descriptor(rings.values.slot_of(place.values));
 #pragma unroll
     for (int step = 0; step < TILE / 16; step++)
         value_product(sums, probabilities[step], b + step * (16 * 128 >> 4));
@@ -276,42 +306,32 @@ DEVICE void store(const float (&sums)[BLOCK_H / 2], Rows &rows, const Note &note
     }
 }
 
-// Where a group is in the rings.
-struct Place {
-    Cursor<Q_SLOTS> queries;
-    Cursor<STAGES> keys, values;
-};
-
-DEVICE u32 queries_of(const Rings &rings, const Place &place, int group) {
-    return rings.queries + place.queries.slot * QUERY_BYTES + group * 64 * 128;
-}
-
 // The next level's scores while the last one's probabilities are multiplied.
 template <bool IS_MASKED>
 DEVICE void take_level(float (&scores)[SCORES], u32 (&probabilities)[TILE / 16][4],
                        float (&sums)[BLOCK_H / 2], Rows &rows, Place &place, const Rings &rings,
                        const int (&last_seen)[2], int group, float scale_log2) {
-    barrier_wait(rings.key_full + 8 * place.keys.slot, place.keys.parity);
+    rings.keys.wait_full(place.keys);
     if (TAKES_TURNS) named_barrier_sync(TURN_BARRIER + group, 256);
     products_begin();
-    multiply_keys(scores, queries_of(rings, place, group), rings.keys + place.keys.slot * STAGE_BYTES);
+    multiply_keys(scores, rings, place, group);
     products_commit();
-    barrier_wait(rings.value_full + 8 * place.values.slot, place.values.parity);
-    multiply_values(sums, probabilities, rings.values + place.values.slot * STAGE_BYTES);
+    rings.values.wait_full(place.values);
+    products_begin();
+    multiply_values(sums, probabilities, rings, place);
     products_commit();
     if (TAKES_TURNS) named_barrier_arrive(TURN_BARRIER + (group + 1) % CONSUMERS, 256);
     products_wait<1>();
     settle(scores);
-    barrier_arrive(rings.key_empty + 8 * place.keys.slot);
+    rings.keys.release(place.keys);
     place.keys.advance();
     softmax<IS_MASKED>(scores, rows, last_seen, scale_log2);
     settle(scores);
     // Passed long ago: the assembler would wait for the sums before it takes the exponentials.
-    if (HAS_FENCE)
-        barrier_wait(rings.query_full + 8 * place.queries.slot, place.queries.parity);
+    if (HAS_FENCE) rings.queries.wait_full(place.queries);
     products_wait<0>();
     settle(sums);
-    barrier_arrive(rings.value_empty + 8 * place.values.slot);
+    rings.values.release(place.values);
     place.values.advance();
     pack(probabilities, scores);
 #pragma unroll
@@ -336,19 +356,19 @@ DEVICE void attend(const Note &note, const Rings &rings, Place &place, int group
         last_seen[i] = note.first_position + (first_row + 8 * i) / GROUP - level * TILE -
                        thread_index() % 4 * 2;
     }
-    barrier_wait(rings.key_full + 8 * place.keys.slot, place.keys.parity);
+    rings.keys.wait_full(place.keys);
     products_begin();
-    multiply_keys(scores, queries_of(rings, place, group), rings.keys + place.keys.slot * STAGE_BYTES);
+    multiply_keys(scores, rings, place, group);
     products_commit();
     products_wait<0>();
     settle(scores);
-    barrier_arrive(rings.key_empty + 8 * place.keys.slot);
+    rings.keys.release(place.keys);
     place.keys.advance();
     softmax<true>(scores, rows, last_seen, scale_log2);
     pack(probabilities, scores);
     if (end % 16) {
-        barrier_wait(rings.value_full + 8 * place.values.slot, place.values.parity);
-        clear_after(rings.values + place.values.slot * STAGE_BYTES, end - level * TILE, group);
+        rings.values.wait_full(place.values);
+        clear_after(rings.values.slot_of(place.values), end - level * TILE, group);
     }
     // Levels that all queries of the tile see whole need no masks.
     int num_whole = (note.first_position + 1) / TILE;
@@ -360,14 +380,14 @@ DEVICE void attend(const Note &note, const Rings &rings, Place &place, int group
     for (; level >= 0; level--)
         take_level<false>(scores, probabilities, sums, rows, place, rings, last_seen,
                           group, scale_log2);
-    barrier_arrive(rings.query_empty + 8 * place.queries.slot);
-    barrier_wait(rings.value_full + 8 * place.values.slot, place.values.parity);
+    rings.queries.release(place.queries);
+    rings.values.wait_full(place.values);
     products_begin();
-    multiply_values(sums, probabilities, rings.values + place.values.slot * STAGE_BYTES);
+    multiply_values(sums, probabilities, rings, place);
     products_commit();
     products_wait<0>();
     settle(sums);
-    barrier_arrive(rings.value_empty + 8 * place.values.slot);
+    rings.values.release(place.values);
     place.values.advance();
     store(sums, rows, note, first_row, out, out_stride_token, out_stride_head);
 }
@@ -380,7 +400,7 @@ DEVICE void consume(const Rings &rings, const Note *notes, int warp, u16 *out, f
     // The first group begins.
     if (TAKES_TURNS && group == CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
     for (;;) {
-        barrier_wait(rings.query_full + 8 * place.queries.slot, place.queries.parity);
+        rings.queries.wait_full(place.queries);
         Note note = notes[place.queries.slot];
         note.num_levels = warp_from(note.num_levels, 0);  // known to be one for the warp
         note.first_position = warp_from(note.first_position, 0);
@@ -390,20 +410,6 @@ DEVICE void consume(const Rings &rings, const Note *notes, int warp, u16 *out, f
                out_stride_head);
         place.queries.advance();
     }
-}
-
-DEVICE void init_barriers(const Rings &rings) {
-    for (int i = 0; i < Q_SLOTS; i++) {
-        barrier_init(rings.query_full + 8 * i, 1);
-        barrier_init(rings.query_empty + 8 * i, CONSUMERS * 4);
-    }
-    for (int i = 0; i < STAGES; i++) {
-        barrier_init(rings.key_full + 8 * i, 1);
-        barrier_init(rings.key_empty + 8 * i, CONSUMERS * 4);
-        barrier_init(rings.value_full + 8 * i, 1);
-        barrier_init(rings.value_empty + 8 * i, CONSUMERS * 4);
-    }
-    fence_barriers();
 }
 
 // Indices are read as words of 32 bits, of which word_shift 1 leaves out every second: those of 64
@@ -416,7 +422,7 @@ KERNEL attention_wgmma(PARAMETER Maps maps, const int *table, const int *starts,
     start_next_kernel();
     char *start = shared_start();
     start += (1024 - (shared_address(start) & 1023)) % 1024;
-    Rings rings = rings_at(shared_address(start));
+    Rings rings(shared_address(start));
     Note *notes = (Note *)(start + NOTES_AT);
     int *kept = (int *)(start + CHUNKS_AT);
     int warp = warp_from(thread_index() / 32, 0);  // known to be one for the warp
@@ -424,7 +430,8 @@ KERNEL attention_wgmma(PARAMETER Maps maps, const int *table, const int *starts,
         prefetch_map(maps.queries);
         prefetch_map(maps.keys);
         prefetch_map(maps.values);
-        init_barriers(rings);
+        rings.queries.init(), rings.keys.init(), rings.values.init();
+        fence_barriers();
     }
     wait_for_inputs();
     for (int seq = thread_index(); seq < num_seqs; seq += THREADS) {

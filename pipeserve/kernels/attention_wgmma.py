@@ -54,6 +54,7 @@ class WgmmaVariant:
     takes_turns: bool = True
     """One group starts its products while another one is at its softmax."""
     has_fence: bool = True
+    """The exponentials are taken before a product is waited for, whatever the assembler prefers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,5 @@
-// Instructions that attention_wgmma.cu is written in (PTX ISA, sm_90a). A test puts plain C++ of the
-// same meaning in this file's place.
+// Instructions that attention_wgmma.cu is written in (PTX ISA, sm_90a). A test puts plain C++ of
+// the same meaning in this file's place.
 
 typedef unsigned int u32;
 typedef unsigned short u16;

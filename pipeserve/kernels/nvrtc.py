@@ -81,6 +81,11 @@ def _check(status: int, call: str) -> None:
 
 def compile_cubin(source: str, arch: str) -> bytes:
     """Machine code of CUDA C++ for an architecture such as sm_90a. Needs no GPU."""
+    return compile_with_log(source, arch)[0]
+
+
+def compile_with_log(source: str, arch: str) -> tuple[bytes, str]:
+    """compile_cubin, and what the compiler says of it."""
     library = nvrtc_library()
     if library is None:
         raise CudaDriverError("NVRTC was not found: install the wheel nvidia-cuda-nvrtc")
@@ -98,8 +103,9 @@ def compile_cubin(source: str, arch: str) -> bytes:
     library.nvrtcGetCUBINSize(program, ctypes.byref(size))
     cubin = ctypes.create_string_buffer(size.value)
     library.nvrtcGetCUBIN(program, cubin)
+    log = _log(library, program)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    return cubin.raw
+    return cubin.raw, log
 
 
 def _log(library: ctypes.CDLL, program: ctypes.c_void_p) -> str:

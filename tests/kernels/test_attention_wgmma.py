@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="Triton is a development dependency on the 
 from pipeserve.kernels import attention_wgmma, reference
 from pipeserve.kernels.attention_prefill import paged_attention_prefill
 from pipeserve.kernels.attention_wgmma import (
+    ARCH,
     MAX_SHARED_BYTES,
     Boxes,
     Heads,
@@ -35,6 +36,7 @@ from pipeserve.kernels.attention_wgmma import (
     takes_wgmma,
     wgmma_source,
 )
+from pipeserve.kernels.nvrtc import compile_with_log, nvrtc_library
 from pipeserve.kernels.quant_mma import has_mma
 
 SCALE = 0.15
@@ -112,7 +114,7 @@ def hide(cache: PagedCache, ends: list[int]) -> None:
                 cache.v_BPKH[block, position % page] = float("nan")
 
 
-MIXED = ((30, 9), (3, 0), (0, 40), (130, 70), (127, 1), (0, 33))
+MIXED = ((30, 9), (3, 0), (0, 40), (130, 70), (127, 1), (126, 5), (0, 33))
 MANY = ((0, 70),) * 3 + ((9, 0),) * 30 + tuple((9 * i, 5) for i in range(20))
 SMALL = WgmmaVariant(tile=32)
 CASES = [
@@ -203,6 +205,15 @@ def test_source_holds_the_types() -> None:
     source = wgmma_source(heads, WgmmaVariant(tile=80))
     assert "m64n80k16.f32.bf16.bf16" in source and "m64n128k16.f32.bf16.bf16" in source
     assert "// PTX" not in source and "// TILES" not in source and "// WGMMA" not in source
+
+
+@pytest.mark.skipif(nvrtc_library() is None, reason="needs NVRTC")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_products_overlap(head_dim: int) -> None:
+    """The compiler takes them one at a time where it cannot see that their registers are free."""
+    heads = Heads(group=4, head_dim=head_dim, page=16, dtype=torch.float16)
+    _, log = compile_with_log(wgmma_source(heads, choose_variant(heads)), ARCH)
+    assert "serialized" not in log
 
 
 def test_other_devices_do_not_take_it() -> None:
