@@ -57,6 +57,9 @@ class WgmmaVariant:
     """The exponentials are taken before a product is waited for, whatever the assembler prefers."""
 
 
+DEFAULT_VARIANT = WgmmaVariant()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
     """What the attention is of."""
@@ -190,15 +193,10 @@ def why_not_loaded(heads: Heads, device: torch.device) -> str | None:
     """Loads the kernel, compiling it where need be; what is in the way, or None. Asked once and
     for all: what failed is not tried again."""
     try:
-        _kernel(heads, choose_variant(heads), device)
+        _kernel(heads, DEFAULT_VARIANT, device)
     except (CudaDriverError, OSError) as problem:
         return str(problem)
     return None
-
-
-def choose_variant(heads: Heads) -> WgmmaVariant:
-    """Measured on an H200."""
-    return WgmmaVariant()
 
 
 def heads_of(q_TNH: Tensor, k_cache_BPKH: Tensor) -> Heads:
@@ -257,14 +255,13 @@ def prefill_wgmma(
     out_TNH: Tensor,
     *,
     scale_log2: float,
-    variant: WgmmaVariant | None = None,
+    variant: WgmmaVariant = DEFAULT_VARIANT,
 ) -> None:
     """attention_prefill.paged_attention_prefill of what takes_wgmma, into out_TNH.
 
-    scale_log2: of scores, times log2(e). variant overrides choose_variant.
+    scale_log2: of scores, times log2(e).
     """
     heads, device = heads_of(q_TNH, k_cache_BPKH), q_TNH.device
-    variant = variant or choose_variant(heads)
     num_kv_heads, num_seqs = k_cache_BPKH.shape[2], len(num_tokens_S)
     # Every sequence may end in a tile of its own.
     most_tiles = len(q_TNH) // (variant.groups * 64 // heads.group) + num_seqs

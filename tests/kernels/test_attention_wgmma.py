@@ -22,11 +22,11 @@ from pipeserve.kernels import attention_wgmma, reference
 from pipeserve.kernels.attention_prefill import paged_attention_prefill
 from pipeserve.kernels.attention_wgmma import (
     ARCH,
+    DEFAULT_VARIANT,
     MAX_SHARED_BYTES,
     Boxes,
     Heads,
     WgmmaVariant,
-    choose_variant,
     constants_of,
     heads_of,
     position_boxes,
@@ -197,7 +197,7 @@ def test_agrees_with_twin_on_the_cpu(prompts: Prompts, tmp_path: Path) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_blocks_fit_their_shared_memory(head_dim: int) -> None:
     heads = Heads(group=4, head_dim=head_dim, page=16, dtype=torch.float16)
-    assert shared_bytes(heads, choose_variant(heads)) <= MAX_SHARED_BYTES
+    assert shared_bytes(heads, DEFAULT_VARIANT) <= MAX_SHARED_BYTES
 
 
 def test_source_holds_the_types() -> None:
@@ -212,7 +212,7 @@ def test_source_holds_the_types() -> None:
 def test_products_overlap(head_dim: int) -> None:
     """The compiler takes them one at a time where it cannot see that their registers are free."""
     heads = Heads(group=4, head_dim=head_dim, page=16, dtype=torch.float16)
-    _, log = compile_with_log(wgmma_source(heads, choose_variant(heads)), ARCH)
+    _, log = compile_with_log(wgmma_source(heads, DEFAULT_VARIANT), ARCH)
     assert "serialized" not in log
 
 
@@ -235,7 +235,7 @@ def test_agrees_with_twin_on_the_card(prompts: Prompts, hopper: torch.device) ->
     torch.manual_seed(0)
     inputs = prompts.inputs(hopper)
     caches = (inputs.cache.k_BPKH, inputs.cache.v_BPKH)
-    for variant in (prompts.variant, None):
+    for variant in (prompts.variant, DEFAULT_VARIANT):
         out_TNH = torch.full_like(inputs.q_TNH, 7.0)
         assert takes_wgmma(inputs.q_TNH, *caches, *inputs.indices, out_TNH)
         prefill_wgmma(
