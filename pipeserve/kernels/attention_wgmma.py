@@ -35,29 +35,18 @@ _HALF = 64
 """Of a head's dims: rows of 128 bytes."""
 _SPAN = 16
 """Positions that are copied at once: pages are multiples of it."""
-_REGISTERS = {2: (56, 224), 3: (32, 160)}
-"""By groups: of a thread that copies and of one that multiplies."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WgmmaVariant:
-    """What the kernel is compiled for, beside types and heads."""
-
-    groups: int = 2
-    """Of 128 threads, that multiply 64 rows each: 2 or 3."""
-    tile: int = 128
-    """Cache positions taken at once: a multiple of 16."""
-    num_stages: int = 2
-    """Tiles of keys, and as many of values, in flight or in use."""
-    query_slots: int = 2
-    """Tiles of queries, likewise."""
-    takes_turns: bool = True
-    """One group starts its products while another one is at its softmax."""
-    has_fence: bool = True
-    """The exponentials are taken before a product is waited for, whatever the assembler prefers."""
-
-
-DEFAULT_VARIANT = WgmmaVariant()
+_CONSUMERS = 2
+"""Groups of 128 threads that multiply 64 rows each; one more group copies."""
+_ROWS = 64 * _CONSUMERS
+"""Of a tile: queries times the heads of a group."""
+_TILE = 128
+"""Cache positions taken at once."""
+_STAGES = 2
+"""Tiles of keys, and as many of values, in flight or in use."""
+_QUERY_SLOTS = 2
+"""Tiles of queries, likewise."""
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 56, 224
+"""Of a thread that copies and of one that multiplies: multiples of 8, 65,536 for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +60,12 @@ class Heads:
     dtype: torch.dtype
 
 
-def shared_bytes(heads: Heads, variant: WgmmaVariant) -> int:
+def shared_bytes(heads: Heads) -> int:
     """Dynamic shared memory of a block."""
     row_bytes = -(-heads.head_dim // _HALF) * 2 * _HALF
-    rings = variant.query_slots * variant.groups * 64 + 2 * variant.num_stages * variant.tile
-    barriers = 16 * (variant.query_slots + 2 * variant.num_stages)
-    return 1024 + rings * row_bytes + barriers + 32 * variant.query_slots + 8 * MOST_SEQS
+    rings = _QUERY_SLOTS * _ROWS + 2 * _STAGES * _TILE
+    barriers = 16 * (_QUERY_SLOTS + 2 * _STAGES)
+    return 1024 + rings * row_bytes + barriers + 32 * _QUERY_SLOTS + 8 * MOST_SEQS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +84,14 @@ class Boxes:
         return tiled_map(address, dtype, self.sizes, self.strides, self.box, 2 * _HALF)
 
 
-def query_boxes(q_TNH: Tensor, variant: WgmmaVariant, group: int) -> Boxes:
+def query_boxes(q_TNH: Tensor, group: int) -> Boxes:
     """A tile's queries, half of their dims: rows are tokens' heads of a group."""
     num_tokens, num_heads, head_dim = q_TNH.shape
     return Boxes(
         tensor=q_TNH,
         sizes=(head_dim, num_heads, num_tokens),
         strides=(q_TNH.stride(1), q_TNH.stride(0)),
-        box=(_HALF, group, variant.groups * 64 // group),
+        box=(_HALF, group, _ROWS // group),
     )
 
 
@@ -118,38 +107,41 @@ def position_boxes(cache_BPKH: Tensor) -> Boxes:
     )
 
 
-def wgmma_source(heads: Heads, variant: WgmmaVariant) -> str:
+def wgmma_source(heads: Heads) -> str:
     """CUDA C++ of one kernel."""
+    instructions = Path(__file__).with_name("attention_wgmma_ptx.cu").read_text()
+    return source_on(heads, instructions.replace("// WGMMA", _products(heads)))
+
+
+def source_on(heads: Heads, instructions: str) -> str:
+    """The kernel on these definitions of its instructions."""
     folder = Path(__file__).parent
-    text = (folder / "attention_wgmma.cu").read_text()
-    text = text.replace("// TILES", (folder / "attention_wgmma_tiles.cu").read_text())
-    ptx = (folder / "attention_wgmma_ptx.cu").read_text()
-    ptx = ptx.replace("// WGMMA", _products(heads, variant))
-    return constants_of(heads, variant) + text.replace("// PTX", ptx)
+    text = (folder / "attention_wgmma.cu").read_text().replace("// PTX", instructions)
+    for part in ("tiles", "copies"):
+        lines = (folder / f"attention_wgmma_{part}.cu").read_text()
+        text = text.replace(f"// {part.upper()}", lines)
+    return _constants(heads) + text
 
 
-def constants_of(heads: Heads, variant: WgmmaVariant) -> str:
+def _constants(heads: Heads) -> str:
     """The macros that attention_wgmma.cu goes by."""
-    producer_registers, consumer_registers = _REGISTERS[variant.groups]
     constants = {
-        "CONSUMERS": variant.groups,
-        "TILE": variant.tile,
-        "STAGES": variant.num_stages,
-        "Q_SLOTS": variant.query_slots,
-        "TAKES_TURNS": int(variant.takes_turns and variant.groups > 1),
-        "HAS_FENCE": int(variant.has_fence),
+        "CONSUMERS": _CONSUMERS,
+        "TILE": _TILE,
+        "STAGES": _STAGES,
+        "Q_SLOTS": _QUERY_SLOTS,
         "GROUP": heads.group,
         "HEAD_DIM": heads.head_dim,
         "PAGE": heads.page,
         "IS_BF16": int(heads.dtype == torch.bfloat16),
         "MOST_SEQS": MOST_SEQS,
-        "PRODUCER_REGISTERS": producer_registers,
-        "CONSUMER_REGISTERS": consumer_registers,
+        "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+        "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
     }
     return "".join(f"#define {name} {value}\n" for name, value in constants.items())
 
 
-def _products(heads: Heads, variant: WgmmaVariant) -> str:
+def _products(heads: Heads) -> str:
     """Products of 64 rows: PTX ISA, wgmma.mma_async. Queries and keys from shared memory, the
     first one without earlier sums; probabilities in registers, and values, read transposed."""
     kind = "bf16" if heads.dtype == torch.bfloat16 else "f16"
@@ -173,19 +165,18 @@ def _products(heads: Heads, variant: WgmmaVariant) -> str:
 
     return "".join(
         (
-            product("first_score_product", variant.tile, "u64 a", 0, "", "0, 0"),
-            product("score_product", variant.tile, "u64 a", 1, "", "0, 0"),
+            product("first_score_product", _TILE, "u64 a", 0, "", "0, 0"),
+            product("score_product", _TILE, "u64 a", 1, "", "0, 0"),
             product("value_product", block_h, "const u32 (&a)[4]", 1, "registers", "1"),
         )
     )
 
 
 @cache
-def _kernel(heads: Heads, variant: WgmmaVariant, device: torch.device) -> CudaKernel:
-    cubin = cached_cubin(wgmma_source(heads, variant), ARCH)
-    num_bytes = shared_bytes(heads, variant)
+def _kernel(heads: Heads, device: torch.device) -> CudaKernel:
+    cubin = cached_cubin(wgmma_source(heads), ARCH)
     with torch.cuda.device(device):
-        return load_kernel(cubin, "attention_wgmma", num_bytes, device=device)
+        return load_kernel(cubin, "attention_wgmma", shared_bytes(heads), device=device)
 
 
 @cache
@@ -193,7 +184,7 @@ def why_not_loaded(heads: Heads, device: torch.device) -> str | None:
     """Loads the kernel, compiling it where need be; what is in the way, or None. Asked once and
     for all: what failed is not tried again."""
     try:
-        _kernel(heads, DEFAULT_VARIANT, device)
+        _kernel(heads, device)
     except (CudaDriverError, OSError) as problem:
         return str(problem)
     return None
@@ -255,7 +246,6 @@ def prefill_wgmma(
     out_TNH: Tensor,
     *,
     scale_log2: float,
-    variant: WgmmaVariant = DEFAULT_VARIANT,
 ) -> None:
     """attention_prefill.paged_attention_prefill of what takes_wgmma, into out_TNH.
 
@@ -264,9 +254,9 @@ def prefill_wgmma(
     heads, device = heads_of(q_TNH, k_cache_BPKH), q_TNH.device
     num_kv_heads, num_seqs = k_cache_BPKH.shape[2], len(num_tokens_S)
     # Every sequence may end in a tile of its own.
-    most_tiles = len(q_TNH) // (variant.groups * 64 // heads.group) + num_seqs
+    most_tiles = len(q_TNH) // (_ROWS // heads.group) + num_seqs
     boxes = (
-        query_boxes(q_TNH, variant, heads.group),
+        query_boxes(q_TNH, heads.group),
         position_boxes(k_cache_BPKH),
         position_boxes(v_cache_BPKH),
     )
@@ -276,9 +266,9 @@ def prefill_wgmma(
         num_seqs, num_kv_heads, len(k_cache_BPKH), block_table_SB.stride(0),
         int(block_table_SB.dtype == torch.int64), out_TNH.stride(0), out_TNH.stride(1),
     )  # fmt: skip
-    _kernel(heads, variant, device).launch(
+    _kernel(heads, device).launch(
         num_blocks=min(most_tiles * num_kv_heads, card_limits(device).num_multiprocessors),
-        num_threads=(variant.groups + 1) * 128,
+        num_threads=(_CONSUMERS + 1) * 128,
         cluster_size=0,
         stream=torch.cuda.current_stream(device).cuda_stream,
         starts_early=dependent_launch.is_supported(device),

@@ -18,21 +18,19 @@ from tests.kernels.attention_cases import AttentionCase, PagedCache, paged_cache
 
 pytest.importorskip("triton", reason="Triton is a development dependency on the CPU")
 
-from pipeserve.kernels import attention_wgmma, reference
+from pipeserve.kernels import reference
 from pipeserve.kernels.attention_prefill import paged_attention_prefill
 from pipeserve.kernels.attention_wgmma import (
     ARCH,
-    DEFAULT_VARIANT,
     MAX_SHARED_BYTES,
     Boxes,
     Heads,
-    WgmmaVariant,
-    constants_of,
     heads_of,
     position_boxes,
     prefill_wgmma,
     query_boxes,
     shared_bytes,
+    source_on,
     takes_wgmma,
     wgmma_source,
 )
@@ -51,7 +49,6 @@ class Prompts:
     """What is computed: chunks (first position, tokens), heads and types."""
 
     chunks: tuple[tuple[int, int], ...]
-    variant: WgmmaVariant = field(default_factory=WgmmaVariant)
     case: Mapping[str, object] = field(default_factory=dict)
 
     def inputs(self, device: torch.device) -> Inputs:
@@ -116,27 +113,25 @@ def hide(cache: PagedCache, ends: list[int]) -> None:
 
 MIXED = ((30, 9), (3, 0), (0, 40), (130, 70), (127, 1), (126, 5), (0, 33))
 MANY = ((0, 70),) * 3 + ((9, 0),) * 30 + tuple((9 * i, 5) for i in range(20))
-SMALL = WgmmaVariant(tile=32)
 CASES = [
     Prompts(chunks=MIXED),
-    Prompts(chunks=MIXED, variant=SMALL, case={"index": torch.int64, "block_size": 32}),
-    Prompts(chunks=MIXED, variant=WgmmaVariant(tile=176, query_slots=1), case={"num_kv_heads": 8}),
-    Prompts(chunks=MIXED, variant=WgmmaVariant(tile=48, takes_turns=False, num_stages=3)),
-    Prompts(chunks=((17, 130), (500, 1)), variant=WgmmaVariant(groups=3, tile=64)),
-    Prompts(chunks=MANY, variant=WgmmaVariant(tile=64), case={"kv": torch.bfloat16}),
-    Prompts(chunks=MIXED, variant=SMALL, case={"num_heads": 7, "num_kv_heads": 1, "head_dim": 64}),
-    Prompts(chunks=MIXED, variant=SMALL, case={"num_heads": 6, "head_dim": 96}),
-    Prompts(chunks=((0, 300),), variant=WgmmaVariant(tile=96), case={"num_heads": 2}),
+    Prompts(chunks=MIXED, case={"index": torch.int64, "block_size": 32}),
+    Prompts(chunks=MIXED, case={"num_kv_heads": 8}),
+    Prompts(chunks=((17, 130), (500, 33)), case={"block_size": 256}),
+    Prompts(chunks=MANY, case={"kv": torch.bfloat16}),
+    Prompts(chunks=MIXED, case={"num_heads": 7, "num_kv_heads": 1, "head_dim": 64}),
+    Prompts(chunks=MIXED, case={"num_heads": 6, "head_dim": 96}),
+    Prompts(chunks=((0, 300),), case={"num_heads": 2}),
 ]
 
 
-def build_host(heads: Heads, variant: WgmmaVariant, folder: Path) -> ctypes.CDLL:
-    kernels = Path(attention_wgmma.__file__).parent
-    kernel = (kernels / "attention_wgmma.cu").read_text().replace("// PTX", "")
-    kernel = kernel.replace("// TILES", (kernels / "attention_wgmma_tiles.cu").read_text())
-    host = Path(__file__).with_name("attention_wgmma_host.cpp").read_text()
-    source = constants_of(heads, variant) + host.replace("// KERNEL", kernel)
-    (folder / "host.cpp").write_text(source)
+def build_host(heads: Heads, folder: Path) -> ctypes.CDLL:
+    threads, engines = (
+        Path(__file__).with_name(f"attention_wgmma_host{part}.cpp").read_text()
+        for part in ("", "_engines")
+    )
+    before, after = engines.split("// KERNEL")
+    (folder / "host.cpp").write_text(source_on(heads, threads + before) + after)
     command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", "host.so", "host.cpp"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return ctypes.CDLL(str(folder / "host.so"))
@@ -152,12 +147,10 @@ def host_map(boxes: Boxes) -> bytes:
     return packed.ljust(MAP_BYTES, b"\0")
 
 
-def run_on_host(
-    host: ctypes.CDLL, inputs: Inputs, variant: WgmmaVariant, *, num_blocks: int, is_late: bool
-) -> Tensor:
+def run_on_host(host: ctypes.CDLL, inputs: Inputs, *, num_blocks: int, is_late: bool) -> Tensor:
     heads = heads_of(inputs.q_TNH, inputs.cache.k_BPKH)
     out_TNH = torch.full_like(inputs.q_TNH, 7.0)
-    maps = host_map(query_boxes(inputs.q_TNH, variant, heads.group))
+    maps = host_map(query_boxes(inputs.q_TNH, heads.group))
     for cache in (inputs.cache.k_BPKH, inputs.cache.v_BPKH):
         maps += host_map(position_boxes(cache))
     buffer = ctypes.create_string_buffer(len(maps) + MAP_BYTES)
@@ -175,7 +168,7 @@ def run_on_host(
         ctypes.c_float(SCALE * LOG2_E),
         (ctypes.c_int * 7)(*integers),
         num_blocks,
-        shared_bytes(heads, variant),
+        shared_bytes(heads),
         is_late,
     )
     return out_TNH
@@ -188,23 +181,23 @@ def test_agrees_with_twin_on_the_cpu(prompts: Prompts, tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = prompts.inputs(torch.device("cpu"))
     heads = heads_of(inputs.q_TNH, inputs.cache.k_BPKH)
-    host = build_host(heads, prompts.variant, tmp_path)
+    host = build_host(heads, tmp_path)
     for num_blocks, is_late in ((3, False), (4, True)):
-        out_TNH = run_on_host(host, inputs, prompts.variant, num_blocks=num_blocks, is_late=is_late)
+        out_TNH = run_on_host(host, inputs, num_blocks=num_blocks, is_late=is_late)
         inputs.check(out_TNH)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_blocks_fit_their_shared_memory(head_dim: int) -> None:
     heads = Heads(group=4, head_dim=head_dim, page=16, dtype=torch.float16)
-    assert shared_bytes(heads, DEFAULT_VARIANT) <= MAX_SHARED_BYTES
+    assert shared_bytes(heads) <= MAX_SHARED_BYTES
 
 
 def test_source_holds_the_types() -> None:
-    heads = Heads(group=4, head_dim=96, page=16, dtype=torch.bfloat16)
-    source = wgmma_source(heads, WgmmaVariant(tile=80))
-    assert "m64n80k16.f32.bf16.bf16" in source and "m64n128k16.f32.bf16.bf16" in source
-    assert "// PTX" not in source and "// TILES" not in source and "// WGMMA" not in source
+    heads = Heads(group=4, head_dim=64, page=16, dtype=torch.bfloat16)
+    source = wgmma_source(heads)
+    assert "m64n128k16.f32.bf16.bf16" in source and "m64n64k16.f32.bf16.bf16" in source
+    assert not any(f"// {part}" in source for part in ("PTX", "WGMMA", "TILES", "COPIES"))
 
 
 @pytest.mark.skipif(nvrtc_library() is None, reason="needs NVRTC")
@@ -212,7 +205,7 @@ def test_source_holds_the_types() -> None:
 def test_products_overlap(head_dim: int) -> None:
     """The compiler takes them one at a time where it cannot see that their registers are free."""
     heads = Heads(group=4, head_dim=head_dim, page=16, dtype=torch.float16)
-    _, log = compile_with_log(wgmma_source(heads, DEFAULT_VARIANT), ARCH)
+    _, log = compile_with_log(wgmma_source(heads), ARCH)
     assert "serialized" not in log
 
 
@@ -235,14 +228,10 @@ def test_agrees_with_twin_on_the_card(prompts: Prompts, hopper: torch.device) ->
     torch.manual_seed(0)
     inputs = prompts.inputs(hopper)
     caches = (inputs.cache.k_BPKH, inputs.cache.v_BPKH)
-    for variant in (prompts.variant, DEFAULT_VARIANT):
-        out_TNH = torch.full_like(inputs.q_TNH, 7.0)
-        assert takes_wgmma(inputs.q_TNH, *caches, *inputs.indices, out_TNH)
-        prefill_wgmma(
-            inputs.q_TNH, *caches, *inputs.indices, out_TNH, scale_log2=SCALE * LOG2_E,
-            variant=variant,
-        )  # fmt: skip
-        inputs.check(out_TNH)
+    out_TNH = torch.full_like(inputs.q_TNH, 7.0)
+    assert takes_wgmma(inputs.q_TNH, *caches, *inputs.indices, out_TNH)
+    prefill_wgmma(inputs.q_TNH, *caches, *inputs.indices, out_TNH, scale_log2=SCALE * LOG2_E)
+    inputs.check(out_TNH)
 
 
 @pytest.mark.gpu
