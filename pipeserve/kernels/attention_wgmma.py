@@ -46,7 +46,7 @@ _STAGES = 2
 _QUERY_SLOTS = 2
 """Tiles of queries, likewise."""
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 56, 224
-"""Of a thread that copies and of one that multiplies: multiples of 8, 65,536 for all."""
+"""Of a thread that copies and of one that multiplies: multiples of 8; a block has 65,536."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,8 @@ from tests.kernels.attention_cases import AttentionCase, PagedCache, paged_cache
 
 pytest.importorskip("triton", reason="Triton is a development dependency on the CPU")
 
+import triton
+
 from pipeserve.kernels import reference
 from pipeserve.kernels.attention_prefill import paged_attention_prefill
 from pipeserve.kernels.attention_wgmma import (
@@ -41,6 +43,7 @@ SCALE = 0.15
 LOG2_E = 1.4426950408889634
 MAP_BYTES = 64
 """Of a tensor map of attention_wgmma_host.cpp."""
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
@@ -200,13 +203,18 @@ def test_source_holds_the_types() -> None:
     assert not any(f"// {part}" in source for part in ("PTX", "WGMMA", "TILES", "COPIES"))
 
 
-@pytest.mark.skipif(nvrtc_library() is None, reason="needs NVRTC")
+@pytest.mark.skipif(nvrtc_library() is None or not DISASSEMBLER.exists(), reason="needs NVRTC")
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_products_overlap(head_dim: int) -> None:
-    """The compiler takes them one at a time where it cannot see that their registers are free."""
+def test_products_overlap_and_nothing_spills(head_dim: int, tmp_path: Path) -> None:
+    """The compiler takes products one at a time where it cannot see that their registers are
+    free."""
     heads = Heads(group=4, head_dim=head_dim, page=16, dtype=torch.float16)
-    _, log = compile_with_log(wgmma_source(heads), ARCH)
+    cubin, log = compile_with_log(wgmma_source(heads), ARCH)
     assert "serialized" not in log
+    (tmp_path / "cubin").write_bytes(cubin)
+    command = [DISASSEMBLER, "-res-usage", tmp_path / "cubin"]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "STACK:0" in usage and "LOCAL:0" in usage
 
 
 def test_other_devices_do_not_take_it() -> None:
