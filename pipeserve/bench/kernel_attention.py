@@ -21,7 +21,7 @@ from pipeserve.kernels.attention_prefill import paged_attention_prefill
 BLOCK_SIZE = 16
 KV_TYPES = (torch.float16, torch.int8)
 DECODE_SIZES = tuple((rows, length) for rows in (1, 16, 128) for length in (512, 2048, 8192))
-PREFILL_SIZES = ((8, 512), (1, 8192))
+PREFILL_SIZES = ((8, 512), (1, 4096), (1, 8192))
 """Sequences and their tokens."""
 _SETS = 8
 """Caches that decoding rows go through, as they go through layers, where all fit in the memory."""
@@ -106,7 +106,8 @@ def _decode_us(
 def time_prefill(
     shape: KernelShape, ceilings: Ceilings, device: torch.device
 ) -> Iterator[KernelTime]:
-    """Whole prompts; half of the products of a square are above the diagonal."""
+    """Whole prompts, with indices of 64 bits and first tokens given, as a stage has them; half of
+    the products of a square are above the diagonal."""
     for kv in KV_TYPES:
         for num_seqs, length in PREFILL_SIZES:
             pairs = num_seqs * length * (length + 1) / 2
@@ -126,8 +127,8 @@ def _prefill_us(
 ) -> float:
     num_blocks = num_seqs * length // BLOCK_SIZE
     cache = make_cache(num_blocks, shape, kv, device)
-    table_SB = torch.randperm(num_blocks, device=device).view(num_seqs, -1).int()
-    first_S = torch.zeros(num_seqs, device=device, dtype=torch.int32)
+    table_SB = torch.randperm(num_blocks, device=device).view(num_seqs, -1)
+    first_S = torch.zeros(num_seqs, device=device, dtype=torch.int64)
     q_TNH = torch.randn(
         num_seqs * length, shape.num_heads, shape.head_dim, device=device, dtype=torch.float16
     )
@@ -140,6 +141,7 @@ def _prefill_us(
         first_S,
         torch.full_like(first_S, length),
         shape.head_dim**-0.5,
+        starts_S=torch.arange(num_seqs, device=device) * length,
         k_scale_BKP=cache.k_scale_BKP,
         v_scale_BKP=cache.v_scale_BKP,
         out_TNH=torch.empty_like(q_TNH),

@@ -3,7 +3,8 @@
 A program takes a tile of queries of one sequence for one kv head. Which sequence, it finds on the
 device from num_tokens_S, so that the grid depends on shapes alone and the launch can be captured.
 The query heads that share a kv head are rows of one tile: their keys and values are read once.
-Flash attention's online softmax (arXiv 2205.14135). Twins: reference.py, reference_attention.py.
+Flash attention's online softmax (arXiv 2205.14135). Hopper cards have attention_wgmma.py for the
+plain case. Twins: reference.py, reference_attention.py.
 
 Shapes: T tokens, S sequences, N query heads, K kv heads, H head dim, B blocks, P position in block.
 """
@@ -27,6 +28,7 @@ from pipeserve.kernels.attention_tile import (
     check_cache,
     has_ptx_assembly,
 )
+from pipeserve.kernels.attention_wgmma import prefill_wgmma, takes_wgmma
 
 _HOPPER_SHARED_BYTES = 160 * 1024
 
@@ -180,7 +182,8 @@ def paged_attention_prefill(
     Sequence s brings num_tokens_S[s] queries (0 is allowed), the first at position
     first_positions_S[s]; their own keys and values are in the cache already. starts_S: the token in
     which each one's queries begin; one after the other where it is left out. Tokens of no sequence
-    stay unwritten. Options as paged_attention_decode has them.
+    stay unwritten. Options as paged_attention_decode has them. config: of the Triton kernel, which
+    is then taken also where there is another one.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
     num_seqs = num_tokens_S.shape[0]
@@ -192,7 +195,14 @@ def paged_attention_prefill(
     if num_tokens == 0:
         return out_TNH
     if starts_S is None:
-        starts_S = num_tokens_S.cumsum(0) - num_tokens_S
+        starts_S = num_tokens_S.cumsum(0, dtype=num_tokens_S.dtype) - num_tokens_S
+    indices = (block_table_SB, starts_S, first_positions_S, num_tokens_S)
+    has_options = any(option is not None for option in (window, soft_cap, sinks_N, config))
+    if not has_options and takes_wgmma(q_TNH, k_cache_BPKH, v_cache_BPKH, *indices, out_TNH):
+        prefill_wgmma(
+            q_TNH, k_cache_BPKH, v_cache_BPKH, *indices, out_TNH, scale_log2=scale * LOG2_E
+        )
+        return out_TNH
     group = num_heads // num_kv_heads
     config = config or prefill_config(q_TNH.device, head_dim, k_cache_BPKH.dtype)
     rows = max(config.rows, triton.next_power_of_2(group))

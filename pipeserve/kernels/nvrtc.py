@@ -25,7 +25,7 @@ from torch import Tensor
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
 _LAUNCH_CLUSTER, _LAUNCH_EARLY = 4, 6
 _SONAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
-_TILED_TYPES = {torch.uint8: 0, torch.int32: 3, torch.float16: 6}
+_TILED_TYPES = {torch.uint8: 0, torch.int32: 3, torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTE_TO_256_BYTES = 3
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
@@ -81,6 +81,11 @@ def _check(status: int, call: str) -> None:
 
 def compile_cubin(source: str, arch: str) -> bytes:
     """Machine code of CUDA C++ for an architecture such as sm_90a. Needs no GPU."""
+    return compile_with_log(source, arch)[0]
+
+
+def compile_with_log(source: str, arch: str) -> tuple[bytes, str]:
+    """compile_cubin, and what the compiler says of it."""
     library = nvrtc_library()
     if library is None:
         raise CudaDriverError("NVRTC was not found: install the wheel nvidia-cuda-nvrtc")
@@ -98,8 +103,9 @@ def compile_cubin(source: str, arch: str) -> bytes:
     library.nvrtcGetCUBINSize(program, ctypes.byref(size))
     cubin = ctypes.create_string_buffer(size.value)
     library.nvrtcGetCUBIN(program, cubin)
+    log = _log(library, program)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    return cubin.raw
+    return cubin.raw, log
 
 
 def _log(library: ctypes.CDLL, program: ctypes.c_void_p) -> str:
@@ -136,7 +142,9 @@ class CudaKernel:
 
     def launch(
         self, *, num_blocks: int, num_threads: int, cluster_size: int, stream: int,
-        arguments: Sequence[ctypes.Array[ctypes.c_char] | ctypes.c_void_p | ctypes.c_int],
+        arguments: Sequence[
+            ctypes.Array[ctypes.c_char] | ctypes.c_void_p | ctypes.c_int | ctypes.c_float
+        ],
         starts_early: bool = False,
     ) -> None:  # fmt: skip
         """A line of blocks in clusters of cluster_size, which divides their number; 0 for cards
@@ -191,8 +199,8 @@ def tensor_map(matrix: Tensor, *, box_rows: int, box_columns: int, swizzle: int)
     """What the copy engine is told of a matrix with rows of unit stride: see tiled_map."""
     assert matrix.stride(1) == 1, f"rows have stride {matrix.stride(1)}"
     return tiled_map(
-        matrix.data_ptr(), _TILED_TYPES[matrix.dtype], matrix.shape[1], matrix.shape[0],
-        matrix.stride(0) * matrix.element_size(), box_columns, box_rows, swizzle,
+        matrix.data_ptr(), matrix.dtype, (matrix.shape[1], matrix.shape[0]), (matrix.stride(0),),
+        (box_columns, box_rows), swizzle,
     )  # fmt: skip
 
 
@@ -209,23 +217,24 @@ def _encoder() -> ctypes._NamedFuncPointer:
 
 @lru_cache(maxsize=8192)
 def tiled_map(
-    address: int, type_code: int, num_columns: int, num_rows: int, row_bytes: int,
-    box_columns: int, box_rows: int, swizzle: int,
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...],
+    box: tuple[int, ...], swizzle: int,
 ) -> bytes:  # fmt: skip
-    """A CUtensorMap, a pure function of its arguments; past the matrix's end reads as zeros.
+    """A CUtensorMap, a pure function of its arguments; past the tensor's end reads as zeros.
 
-    address and row_bytes are multiples of 16. swizzle: bytes of a box's rows in which 16-byte
-    pieces are permuted, 0 for none.
+    Dimensions from the innermost one out; strides, in elements, of all but that, whose stride is 1.
+    The address and strides are multiples of 16 bytes. swizzle: bytes of a box's rows in which
+    16-byte pieces are permuted, 0 for none.
     """
     buffer = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     start = -ctypes.addressof(buffer) % _MAP_ALIGNMENT
-    sizes = (ctypes.c_uint64 * 2)(num_columns, num_rows)
-    strides = (ctypes.c_uint64 * 1)(row_bytes)
-    box = (ctypes.c_uint32 * 2)(box_columns, box_rows)
-    steps = (ctypes.c_uint32 * 2)(1, 1)
+    rank = len(sizes)
+    size_array = (ctypes.c_uint64 * rank)(*sizes)
+    stride_array = (ctypes.c_uint64 * (rank - 1))(*(dtype.itemsize * stride for stride in strides))
+    box_array, steps = (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank)
     status = _encoder()(
-        ctypes.addressof(buffer) + start, type_code, 2, address, sizes, strides, box, steps,
-        0, _SWIZZLES[swizzle], _PROMOTE_TO_256_BYTES, 0,
+        ctypes.addressof(buffer) + start, _TILED_TYPES[dtype], rank, address, size_array,
+        stride_array, box_array, steps, 0, _SWIZZLES[swizzle], _PROMOTE_TO_256_BYTES, 0,
     )  # fmt: skip
-    _check(status, f"cuTensorMapEncodeTiled of {num_rows}x{num_columns}, {row_bytes} bytes a row")
+    _check(status, f"cuTensorMapEncodeTiled of {sizes}, strides {strides}, {dtype}, box {box}")
     return buffer.raw[start : start + _MAP_BYTES]
