@@ -1,4 +1,5 @@
-"""Products of 8-bit floats: activations rounded per token by one kernel, the rest by torch.
+"""Products of 8-bit floats: activations rounded per token, few rows multiplied by a kernel of
+ours, many by torch.
 
 Launched by the stage thread, capturable in a CUDA graph. The product needs a card of compute
 capability 8.9 or later; the kernel itself makes the bits by integer arithmetic and runs anywhere.
@@ -19,7 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeserve.kernels.aot import AotCase
+from pipeserve.kernels.dependent_launch import (
+    launch_options,
+    start_next_kernel,
+    wait_for_inputs,
+)
 from pipeserve.kernels.fp8_reference import Fp8Weight
+from pipeserve.kernels.fp8_rows import MAX_ROWS, multiply_rows
 
 
 @triton.jit
@@ -36,8 +43,12 @@ def _e4m3_bits(magnitude):
 
 
 @triton.jit
-def quantise_tokens_kernel(x, codes, scales, num_columns, x_stride, BLOCK_K: tl.constexpr):
+def quantise_tokens_kernel(
+    x, codes, scales, num_columns, x_stride, BLOCK_K: tl.constexpr, PDL: tl.constexpr
+):
     """One token per program. Constants are those of fp8_reference: LEAST_PEAK and LARGEST."""
+    start_next_kernel(PDL)
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_K)
     inside = column < num_columns
@@ -59,19 +70,28 @@ def quantise_tokens(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     block = triton.next_power_of_2(num_columns)
     quantise_tokens_kernel[(num_tokens,)](
         x_TK, codes_TK, scales_T1, num_columns, x_TK.stride(0), BLOCK_K=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // 512)), **launch_options(x_TK.device),
     )  # fmt: skip
     return codes_TK.view(torch.float8_e4m3fn), scales_T1
 
 
 def fp8_linear(x_TK: Tensor, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
-    """x W^T + b [T, N] in bf16.
+    """x W^T + b [T, N] in bf16."""
+    codes_TK, scales_T1 = quantise_tokens(x_TK)
+    if codes_TK.shape[0] <= MAX_ROWS:
+        return multiply_rows(codes_TK, scales_T1, weight, bias_N)
+    return multiply_many(codes_TK, scales_T1, weight, bias_N)
+
+
+def multiply_many(
+    codes_TK: Tensor, scales_T1: Tensor, weight: Fp8Weight, bias_N: Tensor | None
+) -> Tensor:
+    """x W^T + b [T, N] in bf16, of x as quantise_tokens leaves it, by torch.
 
     Fast accumulation keeps sums in the tensor cores' own width, some 13 bits below the largest
     term, instead of moving them to float32 registers every few steps: that error is far below
     e4m3's own rounding by up to 1/16, and the product is faster.
     """
-    codes_TK, scales_T1 = quantise_tokens(x_TK)
     out_TN = torch._scaled_mm(
         codes_TK,
         weight.codes_NK.t(),
@@ -94,7 +114,7 @@ AOT_CASES: tuple[AotCase, ...] = tuple(
             "num_columns": "i32:16",
             "x_stride": "i32:16",
         },
-        constexprs={"BLOCK_K": block},
+        constexprs={"BLOCK_K": block, "PDL": True},
         num_warps=num_warps,
     )
     for dtype, block, num_warps in (("bf16", 4096, 8), ("bf16", 32768, 16), ("fp32", 1024, 2))

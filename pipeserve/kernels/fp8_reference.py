@@ -79,9 +79,14 @@ def dequantise(weight: Fp8Weight) -> Tensor:
     return weight.codes_NK.float() * weight.scales_1N.t()
 
 
+def scaled_product(
+    codes_TK: Tensor, scales_T1: Tensor, weight: Fp8Weight, bias_N: Tensor | None
+) -> Tensor:
+    """float32 x W^T + b [T, N] of x as quantise_tokens leaves it."""
+    bias_N = None if bias_N is None else bias_N.float()
+    return functional.linear(codes_TK.float() * scales_T1, dequantise(weight), bias_N)
+
+
 def fp8_linear(x_TK: Tensor, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
     """x W^T + b [T, N] in x's type, with x rounded to e4m3 per token, summed in float32."""
-    codes_TK, scales_T1 = quantise_tokens(x_TK)
-    bias_N = None if bias_N is None else bias_N.float()
-    out_TN = functional.linear(codes_TK.float() * scales_T1, dequantise(weight), bias_N)
-    return out_TN.to(x_TK.dtype)
+    return scaled_product(*quantise_tokens(x_TK), weight, bias_N).to(x_TK.dtype)

@@ -11,8 +11,10 @@ from tests.kernels.quant_cases import relative_error
 
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
 
-from pipeserve.kernels.fp8 import fp8_linear, quantise_tokens
+from pipeserve.kernels.fp8 import fp8_linear, multiply_many, quantise_tokens
+from pipeserve.kernels.fp8_rows import RowsTiling, choose_tiling, multiply_rows, shared_bytes
 from pipeserve.kernels.quant_round import round_rows
+from pipeserve.kernels.quant_split import CardLimits
 
 
 def every_e4m3(device: torch.device) -> torch.Tensor:
@@ -83,6 +85,40 @@ def test_the_twin_keeps_e4m3s_precision() -> None:
     assert 0.005 < relative_error(got, wanted) < 0.05
 
 
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "num_columns"), [(1, 64, 256), (5, 80, 272), (19, 144, 640)]
+)
+def test_few_rows(
+    num_tokens: int, num_rows: int, num_columns: int, num_parts: int, device: torch.device
+) -> None:
+    """Tiles past every end, and parts whose last one is shorter."""
+    weight = fp8_weight(num_rows, num_columns, device)
+    codes, scales = quantise_tokens(torch.randn(num_tokens, num_columns, device=device))
+    bias = torch.randn(num_rows, device=device).bfloat16()
+    tiling = RowsTiling(
+        block_n=64, block_t=16, block_k=128, num_warps=4, num_stages=3, num_parts=num_parts,
+        ahead=256,
+    )  # fmt: skip
+    got = multiply_rows(codes, scales, weight, bias, tiling=tiling)
+    wanted = fp8_reference.scaled_product(codes, scales, weight, bias)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, wanted) < 6e-3  # of bf16, which the interpreter cuts off
+    plain = multiply_rows(codes, scales, weight, tiling=tiling)
+    assert relative_error(plain, wanted - bias.float()) < 6e-3
+
+
+def test_tilings_fit_the_card() -> None:
+    for shared_kib, num_multiprocessors in ((227, 132), (99, 76)):
+        limits = CardLimits(num_multiprocessors=num_multiprocessors, shared_bytes=shared_kib * 1024)
+        for num_rows, num_columns in ((28672, 4096), (4096, 14336), (4096, 4096), (48, 64)):
+            for num_tokens in (1, 2, 16, 17, 64, 128):
+                tiling = choose_tiling(num_rows, num_columns, num_tokens, limits)
+                assert shared_bytes(tiling) <= limits.shared_bytes
+                assert tiling.block_t >= num_tokens
+                assert tiling.num_parts == 1 or num_columns // tiling.num_parts >= 1024
+
+
 @pytest.mark.parametrize("num_columns", [64, 100, 2048 + 32])
 def test_round_rows(num_columns: int, device: torch.device) -> None:
     torch.manual_seed(0)
@@ -96,19 +132,23 @@ def test_round_rows(num_columns: int, device: torch.device) -> None:
     torch.testing.assert_close(got, wanted, atol=0.05, rtol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 3, 17, 64, 300])
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(48, 64), (960, 576), (4096, 14336)])
-def test_scaled_products(
-    num_tokens: int, num_rows: int, num_columns: int, device: torch.device
-) -> None:
-    """Inside a CUDA graph too. The bound: a rounding to bf16, and the tensor cores' own sums."""
+@pytest.fixture
+def fp8_card(device: torch.device) -> torch.device:
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("8-bit floats need compute capability 8.9")
-    torch.manual_seed(0)
-    weight = fp8_weight(num_rows, num_columns, device)
-    x = torch.randn(num_tokens, num_columns, device=device).bfloat16()
-    bias = torch.randn(num_rows, device=device).bfloat16()
+    return device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 3, 17, 64, 128, 300])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(48, 64), (960, 576), (4096, 14336)])
+def test_scaled_products(
+    num_tokens: int, num_rows: int, num_columns: int, fp8_card: torch.device
+) -> None:
+    """Inside a CUDA graph too. The bound: a rounding to bf16, and the tensor cores' own sums."""
+    weight = fp8_weight(num_rows, num_columns, fp8_card)
+    x = torch.randn(num_tokens, num_columns, device=fp8_card).bfloat16()
+    bias = torch.randn(num_rows, device=fp8_card).bfloat16()
     wanted = fp8_reference.fp8_linear(x.float(), weight, bias)
     got = fp8_linear(x, weight, bias)
     assert got.dtype == torch.bfloat16
@@ -118,3 +158,42 @@ def test_scaled_products(
         captured = fp8_linear(x, weight, bias)
     graph.replay()
     assert torch.equal(captured, got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 16, 33, 64, 128])
+def test_few_rows_are_as_exact_as_many(num_tokens: int, fp8_card: torch.device) -> None:
+    """Of every shape of tile, parts and all."""
+    weight = fp8_weight(1024, 4096, fp8_card)
+    codes, scales = quantise_tokens(torch.randn(num_tokens, 4096, device=fp8_card))
+    wanted = fp8_reference.scaled_product(codes, scales, weight, None)
+    few, many = (f(codes, scales, weight, None) for f in (multiply_rows, multiply_many))
+    assert relative_error(few, wanted) < 3e-3
+    assert relative_error(few, wanted) < 1.1 * relative_error(many, wanted)
+
+
+@pytest.mark.gpu
+def test_kernels_that_start_early_wait_for_each_other(fp8_card: torch.device) -> None:
+    """A chain whose links each take the last one's output, replayed: the same bits each time."""
+    up, down = fp8_weight(4096, 1024, fp8_card), fp8_weight(1024, 4096, fp8_card)
+    start = torch.randn(4, 1024, device=fp8_card).bfloat16()
+
+    def chain() -> torch.Tensor:
+        x = start
+        for _ in range(20):
+            x = fp8_linear(fp8_linear(x, up, None), down, None)
+        return x
+
+    wanted = chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain()
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(captured, wanted)
+    expected = start.float()
+    for _ in range(20):
+        expected = fp8_reference.fp8_linear(expected, up, None)
+        expected = fp8_reference.fp8_linear(expected, down, None)
+    # Roundings part ways along the chain; a link that read too early would be far off.
+    assert relative_error(wanted, expected) < 0.5
