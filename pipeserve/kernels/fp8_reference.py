@@ -36,17 +36,27 @@ class Fp8Weight:
         return self.codes_NK.nbytes + self.scales_1N.nbytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Rows:
+    """Activations in e4m3."""
+
+    codes_TK: Tensor
+    """float8_e4m3fn, contiguous."""
+    scales_T1: Tensor
+    """float32, one per token."""
+
+
 def has_fp8_shape(num_rows: int, num_columns: int) -> bool:
     """Whether scaled products take such a matrix: both sides are multiples of 16."""
     return num_rows % _MULTIPLE == 0 and num_columns % _MULTIPLE == 0
 
 
-def quantise_tokens(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to e4m3 [T, K], each by its own float32 scale [T, 1]; to nearest, ties to even."""
+def quantise_tokens(x_TK: Tensor) -> Fp8Rows:
+    """Each row by the scale of its largest magnitude; to nearest, ties to even."""
     values_TK = x_TK.float()
     peaks_T1 = values_TK.abs().amax(-1, keepdim=True).clamp(min=LEAST_PEAK)
     scaled_TK = (values_TK * (LARGEST / peaks_T1)).clamp(-LARGEST, LARGEST)
-    return scaled_TK.to(torch.float8_e4m3fn), peaks_T1 * (1 / LARGEST)
+    return Fp8Rows(codes_TK=scaled_TK.to(torch.float8_e4m3fn), scales_T1=peaks_T1 * (1 / LARGEST))
 
 
 def quantise_rows(values_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,14 +89,12 @@ def dequantise(weight: Fp8Weight) -> Tensor:
     return weight.codes_NK.float() * weight.scales_1N.t()
 
 
-def scaled_product(
-    codes_TK: Tensor, scales_T1: Tensor, weight: Fp8Weight, bias_N: Tensor | None
-) -> Tensor:
-    """float32 x W^T + b [T, N] of x as quantise_tokens leaves it."""
+def scaled_product(x: Fp8Rows, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
+    """x W^T + b [T, N] in float32."""
     bias_N = None if bias_N is None else bias_N.float()
-    return functional.linear(codes_TK.float() * scales_T1, dequantise(weight), bias_N)
+    return functional.linear(x.codes_TK.float() * x.scales_T1, dequantise(weight), bias_N)
 
 
 def fp8_linear(x_TK: Tensor, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
     """x W^T + b [T, N] in x's type, with x rounded to e4m3 per token, summed in float32."""
-    return scaled_product(*quantise_tokens(x_TK), weight, bias_N).to(x_TK.dtype)
+    return scaled_product(quantise_tokens(x_TK), weight, bias_N).to(x_TK.dtype)

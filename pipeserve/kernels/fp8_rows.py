@@ -29,7 +29,7 @@ from pipeserve.kernels.dependent_launch import (
     start_next_kernel,
     wait_for_inputs,
 )
-from pipeserve.kernels.fp8_reference import Fp8Weight
+from pipeserve.kernels.fp8_reference import Fp8Rows, Fp8Weight
 from pipeserve.kernels.quant_split import CardLimits, card_limits, has_ptx, sum_parts
 
 MAX_ROWS = 128
@@ -108,18 +108,15 @@ class RowsTiling:
 
 
 def multiply_rows(
-    codes_TK: Tensor, scales_T1: Tensor, weight: Fp8Weight, bias_N: Tensor | None = None,
+    x: Fp8Rows, weight: Fp8Weight, bias_N: Tensor | None = None,
     *, tiling: RowsTiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """x W^T + b [T, N] in bf16 of x in e4m3 with a float32 scale per token, both contiguous.
-
-    tiling overrides choose_tiling.
-    """
-    num_tokens, num_columns = codes_TK.shape
+    """x W^T + b [T, N] in bf16. tiling overrides choose_tiling."""
+    num_tokens, num_columns = x.codes_TK.shape
     num_rows = weight.codes_NK.shape[0]
     assert weight.codes_NK.shape[1] == num_columns, f"{num_columns} columns do not fit the matrix"
-    assert codes_TK.is_contiguous() and weight.codes_NK.is_contiguous(), "rows lie side by side"
-    device = codes_TK.device
+    assert x.codes_TK.is_contiguous() and weight.codes_NK.is_contiguous(), "rows lie side by side"
+    device = x.codes_TK.device
     if tiling is None:
         tiling = choose_tiling(num_rows, num_columns, num_tokens, card_limits(device))
     block_k = tiling.block_k
@@ -132,8 +129,8 @@ def multiply_rows(
         sums = torch.empty((num_parts, num_tokens, num_rows), dtype=torch.float32, device=device)
     grid = (triton.cdiv(num_rows, tiling.block_n), num_parts)
     fp8_rows_kernel[(*grid, triton.cdiv(num_tokens, tiling.block_t))](
-        codes_TK, scales_T1, weight.codes_NK, weight.scales_1N, bias_N if is_whole else None, sums,
-        num_tokens, num_rows, num_columns, columns_per_part, sums.stride(-2),
+        x.codes_TK, x.scales_T1, weight.codes_NK, weight.scales_1N, bias_N if is_whole else None,
+        sums, num_tokens, num_rows, num_columns, columns_per_part, sums.stride(-2),
         BLOCK_N=tiling.block_n, BLOCK_T=tiling.block_t, BLOCK_K=block_k,
         EVEN=num_columns % block_k == 0, AHEAD=tiling.ahead, ASM=has_ptx(device),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(device),

@@ -1,7 +1,8 @@
 """The small kernels between a decoder layer's products, one Triton launch each: norms and SwiGLU.
 
 Sums are float32 whatever the tensors are. Every function takes the place of its twin in
-reference.py and may write to a given output, and the output's bytes to given rounded rows.
+reference.py and may write to a given output, and the output in other forms to given room: its
+bytes, interleaved, in e4m3.
 
 Shapes: T tokens, D model dim, F feed-forward dim.
 """
@@ -22,12 +23,16 @@ from pipeserve.kernels.dependent_launch import (
     start_next_kernel,
     wait_for_inputs,
 )
+from pipeserve.kernels.fp8_reference import Fp8Rows
+from pipeserve.kernels.fp8_tokens import store_e4m3
 from pipeserve.kernels.interleaved_rows import interleaved
 from pipeserve.kernels.quant_layout import UNIT
 from pipeserve.kernels.quant_reference import QuantisedRows
 from pipeserve.kernels.rounded_rows import store_rounded
 
 _SWIGLU_BLOCK = 1024
+MOST_TOKEN_FEATURES = 16384
+"""Of a feed-forward dim that one program rounds to e4m3."""
 
 
 @triton.jit
@@ -41,6 +46,8 @@ def rms_norm_kernel(
     scales_ptr,
     sums_ptr,
     interleaved_ptr,
+    e4m3_ptr,
+    e4m3_scale_ptr,
     eps,
     dim,
     x_stride,
@@ -76,6 +83,10 @@ def rms_norm_kernel(
         )  # fmt: skip
     if interleaved_ptr is not None:
         tl.store(interleaved_ptr + token * dim + dims_D, interleaved(out_D, BLOCK_D), is_dim_D)
+    if e4m3_ptr is not None:
+        store_e4m3(
+            out_D.to(tl.float32), dims_D, dim, e4m3_ptr + token * dim, e4m3_scale_ptr + token
+        )
 
 
 @triton.jit
@@ -106,6 +117,27 @@ def swiglu_kernel(
         )
 
 
+@triton.jit
+def swiglu_tokens_kernel(
+    gate_up_ptr, out_ptr, e4m3_ptr, e4m3_scale_ptr, dim, gate_up_stride, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One token's features per program."""
+    start_next_kernel(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    features_F = tl.arange(0, BLOCK)
+    is_feature_F = features_F < dim
+    wait_for_inputs(PDL)
+    gate_ptr_F = gate_up_ptr + token * gate_up_stride + features_F
+    gate_F = tl.load(gate_ptr_F, is_feature_F, other=0.0).to(tl.float32)
+    up_F = tl.load(gate_ptr_F + dim, is_feature_F, other=0.0).to(tl.float32)
+    out_F = (gate_F / (1.0 + tl.exp(-gate_F)) * up_F).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * dim + features_F, out_F, is_feature_F)
+    store_e4m3(
+        out_F.to(tl.float32), features_F, dim, e4m3_ptr + token * dim, e4m3_scale_ptr + token
+    )
+
+
 def rms_norm(
     x_TD: Tensor,
     weight_D: Tensor,
@@ -134,15 +166,16 @@ def add_rms_norm(
     sum_TD: Tensor | None = None,
     rounded: QuantisedRows | None = None,
     interleaved_TD: Tensor | None = None,
+    e4m3: Fp8Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and x + residual itself in the residual's type.
 
     sum_TD may be residual_TD: it is then updated in place. `rounded` and interleaved_TD as for
-    rms_norm.
+    rms_norm; to e4m3 the norm's own rows in that.
     """
     out_TD = _empty(x_TD.shape, x_TD) if out_TD is None else out_TD
     sum_TD = _empty(x_TD.shape, residual_TD) if sum_TD is None else sum_TD
-    _launch_norm(x_TD, residual_TD, weight_D, eps, out_TD, sum_TD, rounded, interleaved_TD)
+    _launch_norm(x_TD, residual_TD, weight_D, eps, out_TD, sum_TD, rounded, interleaved_TD, e4m3)
     return out_TD, sum_TD
 
 
@@ -176,6 +209,24 @@ def swiglu(
     return out_TF
 
 
+def swiglu_tokens(gate_up_TF: Tensor, e4m3: Fp8Rows) -> Tensor:
+    """swiglu with the output in e4m3 too, whose scales take the whole of a token: up to
+    MOST_TOKEN_FEATURES of them."""
+    num_tokens, dim = e4m3.codes_TK.shape
+    assert dim <= MOST_TOKEN_FEATURES, f"{dim} features; one program takes {MOST_TOKEN_FEATURES}"
+    assert gate_up_TF.shape == (num_tokens, 2 * dim) and gate_up_TF.stride(1) == 1
+    out_TF = _empty((num_tokens, dim), gate_up_TF)
+    if num_tokens == 0:
+        return out_TF
+    block = triton.next_power_of_2(dim)
+    swiglu_tokens_kernel[(num_tokens,)](
+        gate_up_TF, out_TF, e4m3.codes_TK.view(torch.uint8), e4m3.scales_T1, dim,
+        gate_up_TF.stride(0), BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        **launch_options(gate_up_TF.device),
+    )  # fmt: skip
+    return out_TF
+
+
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
@@ -204,6 +255,7 @@ def _launch_norm(
     sum_TD: Tensor,
     rounded: QuantisedRows | None,
     interleaved_TD: Tensor | None,
+    e4m3: Fp8Rows | None = None,
 ) -> None:
     num_tokens, dim = x_TD.shape
     assert x_TD.stride(1) == 1 and weight_D.is_contiguous(), "the model dim is contiguous"
@@ -220,6 +272,8 @@ def _launch_norm(
         sum_TD,
         *_pointers(rounded, dim),
         interleaved_TD,
+        None if e4m3 is None else e4m3.codes_TK.view(torch.uint8),
+        None if e4m3 is None else e4m3.scales_T1,
         eps,
         dim,
         x_TD.stride(0),
@@ -234,10 +288,11 @@ def _launch_norm(
 
 _ROUNDED = {"codes_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i16"}
 _INTERLEAVED = {"interleaved_ptr": "*fp16"}
+_E4M3 = {"e4m3_ptr": "*u8", "e4m3_scale_ptr": "*fp32"}
 
 
 def _norm_case(name: str, *, out: str, forms: dict[str, str]) -> AotCase:
-    absent = dict.fromkeys(set(_ROUNDED | _INTERLEAVED) - set(forms))
+    absent = dict.fromkeys(set(_ROUNDED | _INTERLEAVED | _E4M3) - set(forms))
     return AotCase(
         name=name,
         kernel=rms_norm_kernel,
@@ -275,7 +330,20 @@ AOT_CASES = (
     _norm_case("add_rms_norm", out="bf16", forms={}),
     _norm_case("add_rms_norm_rounded", out="fp16", forms=_ROUNDED),
     _norm_case("add_rms_norm_forms", out="fp16", forms=_ROUNDED | _INTERLEAVED),
+    _norm_case("add_rms_norm_e4m3", out="bf16", forms=_E4M3),
     _swiglu_case("swiglu", out="bf16", forms={}),
     _swiglu_case("swiglu_rounded", out="fp16", forms=_ROUNDED),
     _swiglu_case("swiglu_interleaved", out="fp16", forms=_INTERLEAVED),
+    AotCase(
+        name="swiglu_e4m3",
+        kernel=swiglu_tokens_kernel,
+        signature={
+            "gate_up_ptr": "*bf16",
+            "out_ptr": "*bf16",
+            **_E4M3,
+            **dict.fromkeys(("dim", "gate_up_stride"), "i32:16"),
+        },
+        constexprs={"BLOCK": MOST_TOKEN_FEATURES, "PDL": True},
+        num_warps=16,
+    ),
 )

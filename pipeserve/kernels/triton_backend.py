@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeserve.kernels import attention_decode, attention_prefill, fused, rotary
+from pipeserve.kernels import attention_decode, attention_prefill, fp8_tokens, fused, rotary
 from pipeserve.kernels.backend import Activations, Backend, BiasedWeight, WeightForm, Weights
 from pipeserve.kernels.fp8 import fp8_linear
 from pipeserve.kernels.quant_dequant import dequantise
@@ -195,6 +195,27 @@ def _plain_attention_decode(*inputs: Any, **options: Any) -> Tensor:
     return attention_decode.paged_attention_decode(*inputs, **options).flatten(1)
 
 
+# The same for products of 8-bit floats.
+
+
+def e4m3_add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[LinearInput, Tensor]:
+    """fused.add_rms_norm with its rows in e4m3."""
+    e4m3 = fp8_tokens.empty_rows(x_TD.shape[0], x_TD.shape[1], x_TD.device)
+    normed_TD, sum_TD = fused.add_rms_norm(x_TD, residual_TD, weight_D, eps, e4m3=e4m3)
+    return PreparedRows(values_TK=normed_TD, e4m3=e4m3), sum_TD
+
+
+def e4m3_swiglu(gate_up_TF: Tensor) -> LinearInput:
+    """fused.swiglu with its rows in e4m3, unless they are too long for one program."""
+    num_tokens, twice = gate_up_TF.shape
+    if twice // 2 > fused.MOST_TOKEN_FEATURES:
+        return fused.swiglu(gate_up_TF)
+    e4m3 = fp8_tokens.empty_rows(num_tokens, twice // 2, gate_up_TF.device)
+    return PreparedRows(values_TK=fused.swiglu_tokens(gate_up_TF, e4m3), e4m3=e4m3)
+
+
 def _attention_prefill(*inputs: Any, **options: Any) -> Tensor:
     return attention_prefill.paged_attention_prefill(*inputs, **options).flatten(1)
 
@@ -210,9 +231,11 @@ def gpu_backend(
         form: WeightForm = "planar" if weights == "quantised" else "both"
         return dataclasses.replace(backend, weight_form=form)
     assert activations == "auto", f"{weights} weights with {activations} activations"
+    backend = _dense_backend(products)
+    if weights == "bf16":
+        return dataclasses.replace(backend, weight_form="dense")
     return dataclasses.replace(
-        _dense_backend(products),
-        weight_form="dense" if weights == "bf16" else "fp8",
+        backend, weight_form="fp8", add_rms_norm=e4m3_add_rms_norm, swiglu=e4m3_swiglu
     )
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeserve.kernels import fp8_reference, quant_reference
-from pipeserve.kernels.fp8_reference import Fp8Weight
+from pipeserve.kernels import fp8_reference, quant_reference, reference
+from pipeserve.kernels.fp8_reference import Fp8Rows, Fp8Weight
+from pipeserve.kernels.quant_reference import PreparedRows
 from tests.kernels.quant_cases import relative_error
 
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
 
-from pipeserve.kernels.fp8 import fp8_linear, multiply_many, quantise_tokens
+from pipeserve.kernels import fused
+from pipeserve.kernels.fp8 import fp8_linear, multiply_many
 from pipeserve.kernels.fp8_rows import RowsTiling, choose_tiling, multiply_rows, shared_bytes
+from pipeserve.kernels.fp8_tokens import quantise_tokens
+from pipeserve.kernels.fused import MOST_TOKEN_FEATURES
 from pipeserve.kernels.quant_round import round_rows
 from pipeserve.kernels.quant_split import CardLimits
+from pipeserve.kernels.triton_backend import gpu_backend
 
 
 def every_e4m3(device: torch.device) -> torch.Tensor:
@@ -30,15 +35,24 @@ def fp8_weight(num_rows: int, num_columns: int, device: torch.device) -> Fp8Weig
     return Fp8Weight(codes_NK=codes, scales_1N=scales.t().contiguous())
 
 
+def assert_rounded(rows: Fp8Rows, x: torch.Tensor) -> None:
+    wanted = fp8_reference.quantise_tokens(x)
+    torch.testing.assert_close(rows.scales_T1, wanted.scales_T1)
+    # On a GPU the quotient may differ in its last bit, and a code on the edge with it.
+    differ = rows.codes_TK.view(torch.uint8) != wanted.codes_TK.view(torch.uint8)
+    assert differ.float().mean() < 2e-3
+
+
 def test_every_value_and_every_midpoint_is_rounded_as_torch_rounds(device: torch.device) -> None:
     values = every_e4m3(device)
     middles = (values[1:] + values[:-1]) / 2
     near = torch.cat([middles * (1 - 2**-20), middles * (1 + 2**-20)])
     row = torch.cat([values, middles, near])
     row = torch.cat([row, -row]).unsqueeze(0)  # its peak is 448: a scale of exactly 1
-    codes, scales = quantise_tokens(row)
-    assert scales.item() == 1.0
-    assert torch.equal(codes.view(torch.uint8), row.to(torch.float8_e4m3fn).view(torch.uint8))
+    rows = quantise_tokens(row)
+    assert rows.scales_T1.item() == 1.0
+    wanted = row.to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(rows.codes_TK.view(torch.uint8), wanted)
 
 
 @pytest.mark.parametrize("num_columns", [16, 100, 1536])
@@ -48,11 +62,9 @@ def test_quantise_tokens(num_columns: int, device: torch.device) -> None:
     x[1] = 0.0
     x[2] = 1e-30
     x[3, 0] = -1e4
-    got, scales = quantise_tokens(x)
-    wanted, wanted_scales = fp8_reference.quantise_tokens(x)
-    torch.testing.assert_close(scales, wanted_scales)
-    # On a GPU the quotient may differ in its last bit, and a code on the edge with it.
-    assert (got.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() < 2e-3
+    rows = quantise_tokens(x)
+    assert_rounded(rows, x)
+    got = rows.codes_TK
     assert not got[1].float().any() and not got[2].float().any()
     assert got[3, 0].float().item() == -448.0
 
@@ -63,9 +75,9 @@ def test_a_rows_scale_is_the_one_of_least_error(device: torch.device) -> None:
     values[1] = 0.0
     values[2] = 1.75 * 2.0 ** -torch.arange(512, device=device).remainder(7)  # exact as it is
     codes, scales = fp8_reference.quantise_rows(values)
-    plain_codes, plain_scales = fp8_reference.quantise_tokens(values)
+    plain = fp8_reference.quantise_tokens(values)
     errors = (codes.float() * scales - values).norm(dim=1)
-    plain_errors = (plain_codes.float() * plain_scales - values).norm(dim=1)
+    plain_errors = (plain.codes_TK.float() * plain.scales_T1 - values).norm(dim=1)
     assert (errors <= plain_errors * (1 + 1e-5)).all()
     assert errors[3:].mean() < 0.98 * plain_errors[3:].mean()
     assert not codes[1].float().any()
@@ -94,17 +106,17 @@ def test_few_rows(
 ) -> None:
     """Tiles past every end, and parts whose last one is shorter."""
     weight = fp8_weight(num_rows, num_columns, device)
-    codes, scales = quantise_tokens(torch.randn(num_tokens, num_columns, device=device))
+    x = quantise_tokens(torch.randn(num_tokens, num_columns, device=device))
     bias = torch.randn(num_rows, device=device).bfloat16()
     tiling = RowsTiling(
         block_n=64, block_t=16, block_k=128, num_warps=4, num_stages=3, num_parts=num_parts,
         ahead=256,
     )  # fmt: skip
-    got = multiply_rows(codes, scales, weight, bias, tiling=tiling)
-    wanted = fp8_reference.scaled_product(codes, scales, weight, bias)
+    got = multiply_rows(x, weight, bias, tiling=tiling)
+    wanted = fp8_reference.scaled_product(x, weight, bias)
     assert got.dtype == torch.bfloat16
     assert relative_error(got, wanted) < 6e-3  # of bf16, which the interpreter cuts off
-    plain = multiply_rows(codes, scales, weight, tiling=tiling)
+    plain = multiply_rows(x, weight, tiling=tiling)
     assert relative_error(plain, wanted - bias.float()) < 6e-3
 
 
@@ -130,6 +142,31 @@ def test_round_rows(num_columns: int, device: torch.device) -> None:
     assert (got != wanted).float().mean() < 2e-3
     assert 1e-3 < relative_error(got, x) < 1e-2
     torch.testing.assert_close(got, wanted, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [96, 1024, 1040])
+def test_activations_are_rounded_where_they_are_made(dim: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    backend = gpu_backend("fp8", "auto")
+    x = torch.randn(3, dim, device=device).bfloat16()
+    residual = torch.randn(3, dim, device=device)
+    weight = torch.rand(dim, device=device)
+    normed, total = backend.add_rms_norm(x, residual, weight, 1e-5)
+    plain, plain_total = fused.add_rms_norm(x, residual, weight, 1e-5)
+    gated = backend.swiglu(torch.cat([x, residual.bfloat16()], dim=1))
+    assert isinstance(normed, PreparedRows) and isinstance(gated, PreparedRows)
+    assert torch.equal(normed.values_TK, plain) and torch.equal(total, plain_total)
+    wanted = reference.swiglu(torch.cat([x, residual.bfloat16()], dim=1).float())
+    torch.testing.assert_close(gated.values_TK.float(), wanted, rtol=1e-2, atol=1e-3)
+    for prepared in (normed, gated):
+        assert prepared.e4m3 is not None
+        assert_rounded(prepared.e4m3, prepared.values_TK)
+
+
+def test_rows_too_long_for_one_program(device: torch.device) -> None:
+    backend = gpu_backend("fp8", "auto")
+    gated = backend.swiglu(torch.ones(1, 2 * (MOST_TOKEN_FEATURES + 16), device=device).bfloat16())
+    assert isinstance(gated, torch.Tensor) and gated.shape == (1, MOST_TOKEN_FEATURES + 16)
 
 
 @pytest.fixture
@@ -165,9 +202,9 @@ def test_scaled_products(
 def test_few_rows_are_as_exact_as_many(num_tokens: int, fp8_card: torch.device) -> None:
     """Of every shape of tile, parts and all."""
     weight = fp8_weight(1024, 4096, fp8_card)
-    codes, scales = quantise_tokens(torch.randn(num_tokens, 4096, device=fp8_card))
-    wanted = fp8_reference.scaled_product(codes, scales, weight, None)
-    few, many = (f(codes, scales, weight, None) for f in (multiply_rows, multiply_many))
+    x = quantise_tokens(torch.randn(num_tokens, 4096, device=fp8_card))
+    wanted = fp8_reference.scaled_product(x, weight, None)
+    few, many = (multiply(x, weight, None) for multiply in (multiply_rows, multiply_many))
     assert relative_error(few, wanted) < 3e-3
     assert relative_error(few, wanted) < 1.1 * relative_error(many, wanted)
 

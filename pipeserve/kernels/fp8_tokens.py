@@ -1,0 +1,109 @@
+"""Activations as 8-bit floats (e4m3), each token by its own scale, and by whom they are rounded.
+
+The kernels that compute activations write them beside the floats where a product of 8-bit floats
+follows, which saves a launch per product; quantise_tokens makes them of any tensor. The bits come
+by integer arithmetic, so that it runs anywhere. Launched by the stage thread, capturable in a CUDA
+graph. Twin: fp8_reference.quantise_tokens.
+
+Shapes: T tokens, K inputs.
+"""
+
+# Triton's decorator and its functions' arguments have no types to annotate.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeserve.kernels.aot import AotCase
+from pipeserve.kernels.dependent_launch import (
+    launch_options,
+    start_next_kernel,
+    wait_for_inputs,
+)
+from pipeserve.kernels.fp8_reference import Fp8Rows
+
+
+@triton.jit
+def _e4m3_bits(magnitude):
+    """The code of a float32 from 0 to 448, rounded to nearest, ties to even.
+
+    A normal one is the float's own top bits with another bias of the exponent (127 - 7). Below
+    2^-6 codes count steps of 2^-9; adding 1.5 * 2^23 rounds to whole ones.
+    """
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    steps = (magnitude * 512.0 + 12582912.0) - 12582912.0
+    return tl.where(magnitude < 0.015625, steps.to(tl.int32), normal)
+
+
+@triton.jit
+def store_e4m3(value_K, column_K, num_columns, codes, scale):
+    """Write one token's float32 values, 0 past its columns, to its row of codes and its scale.
+
+    Constants are those of fp8_reference: LEAST_PEAK and LARGEST.
+    """
+    peak = tl.maximum(tl.max(tl.abs(value_K), 0), 1e-10)
+    magnitude = tl.minimum(tl.abs(value_K) * (448.0 / peak), 448.0)
+    sign = (value_K.to(tl.int32, bitcast=True) >> 24) & 0x80
+    code = (_e4m3_bits(magnitude) | sign).to(tl.uint8)
+    tl.store(codes + column_K, code, mask=column_K < num_columns)
+    tl.store(scale, peak * (1 / 448.0))
+
+
+@triton.jit
+def quantise_tokens_kernel(
+    x, codes, scales, num_columns, x_stride, BLOCK_K: tl.constexpr, PDL: tl.constexpr
+):
+    """One token per program."""
+    start_next_kernel(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_K)
+    wait_for_inputs(PDL)
+    value = tl.load(x + token * x_stride + column, mask=column < num_columns, other=0)
+    store_e4m3(
+        value.to(tl.float32), column, num_columns, codes + token * num_columns, scales + token
+    )
+
+
+def empty_rows(num_tokens: int, num_columns: int, device: torch.device) -> Fp8Rows:
+    """Room for a kernel to write to."""
+    return Fp8Rows(
+        codes_TK=torch.empty((num_tokens, num_columns), dtype=torch.float8_e4m3fn, device=device),
+        scales_T1=torch.empty((num_tokens, 1), dtype=torch.float32, device=device),
+    )
+
+
+def quantise_tokens(x_TK: Tensor) -> Fp8Rows:
+    """Rows of unit stride and any float type."""
+    num_tokens, num_columns = x_TK.shape
+    assert x_TK.stride(1) == 1, f"activations have column stride {x_TK.stride(1)}"
+    rows = empty_rows(num_tokens, num_columns, x_TK.device)
+    block = triton.next_power_of_2(num_columns)
+    quantise_tokens_kernel[(num_tokens,)](
+        x_TK, rows.codes_TK.view(torch.uint8), rows.scales_T1, num_columns, x_TK.stride(0),
+        BLOCK_K=block, num_warps=min(16, max(1, block // 512)), **launch_options(x_TK.device),
+    )  # fmt: skip
+    return rows
+
+
+AOT_CASES: tuple[AotCase, ...] = tuple(
+    AotCase(
+        name=f"quantise_tokens_{dtype}_{block}",
+        kernel=quantise_tokens_kernel,
+        signature={
+            "x": f"*{dtype}",
+            "codes": "*u8",
+            "scales": "*fp32",
+            "num_columns": "i32:16",
+            "x_stride": "i32:16",
+        },
+        constexprs={"BLOCK_K": block, "PDL": True},
+        num_warps=num_warps,
+    )
+    for dtype, block, num_warps in (("bf16", 4096, 8), ("bf16", 32768, 16), ("fp32", 1024, 2))
+)
