@@ -1,4 +1,4 @@
-"""Products of 8-bit floats: few rows by a kernel of ours, many by torch.
+"""Products of 8-bit floats: few rows by kernels of ours, many by torch.
 
 Launched by the stage thread, capturable in a CUDA graph. Takes a card of compute capability 8.9 or
 later. Twin: fp8_reference.fp8_linear.
@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeserve.kernels.fp8_mma import choose_fp8_tiling, fp8_mma, why_not_loaded
 from pipeserve.kernels.fp8_reference import Fp8Rows, Fp8Weight
 from pipeserve.kernels.fp8_rows import MAX_ROWS, multiply_rows
 from pipeserve.kernels.fp8_tokens import quantise_tokens
 from pipeserve.kernels.quant_reference import LinearInput, PreparedRows, values_of
+from pipeserve.kernels.quant_split import card_limits
 
 
 def fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
@@ -22,9 +24,15 @@ def fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tens
     rows = x.e4m3 if isinstance(x, PreparedRows) else None
     if rows is None:
         rows = quantise_tokens(values_of(x))
-    if rows.codes_TK.shape[0] <= MAX_ROWS:
-        return multiply_rows(rows, weight, bias_N)
-    return multiply_many(rows, weight, bias_N)
+    num_tokens, device = rows.codes_TK.shape[0], rows.codes_TK.device
+    if num_tokens > MAX_ROWS:
+        return multiply_many(rows, weight, bias_N)
+    num_rows, num_columns = weight.codes_NK.shape
+    multiprocessors = card_limits(device).num_multiprocessors
+    tiling = choose_fp8_tiling(num_rows, num_columns, num_tokens, multiprocessors)
+    if why_not_loaded(tiling.variant, device) is None:
+        return fp8_mma(rows, weight, bias_N, tiling=tiling)
+    return multiply_rows(rows, weight, bias_N)
 
 
 def multiply_many(x: Fp8Rows, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
