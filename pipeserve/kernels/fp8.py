@@ -13,10 +13,13 @@ from torch import Tensor
 
 from pipeserve.kernels.fp8_mma import choose_fp8_tiling, fp8_mma, why_not_loaded
 from pipeserve.kernels.fp8_reference import Fp8Rows, Fp8Weight
-from pipeserve.kernels.fp8_rows import MAX_ROWS, multiply_rows
+from pipeserve.kernels.fp8_rows import multiply_rows
 from pipeserve.kernels.fp8_tokens import quantise_tokens
 from pipeserve.kernels.quant_reference import LinearInput, PreparedRows, values_of
 from pipeserve.kernels.quant_split import card_limits
+
+FEW_ROWS = 128
+"""Up to so many our kernels multiply."""
 
 
 def fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
@@ -25,18 +28,20 @@ def fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tens
     if rows is None:
         rows = quantise_tokens(values_of(x))
     num_tokens, device = rows.codes_TK.shape[0], rows.codes_TK.device
-    if num_tokens > MAX_ROWS:
+    if num_tokens > FEW_ROWS:
         return multiply_many(rows, weight, bias_N)
     num_rows, num_columns = weight.codes_NK.shape
     multiprocessors = card_limits(device).num_multiprocessors
-    tiling = choose_fp8_tiling(num_rows, num_columns, num_tokens, multiprocessors)
+    tiling = choose_fp8_tiling(
+        num_rows, num_columns, num_tokens, multiprocessors, is_grouped=rows.is_grouped
+    )
     if why_not_loaded(tiling.variant, device) is None:
         return fp8_mma(rows, weight, bias_N, tiling=tiling)
     return multiply_rows(rows, weight, bias_N)
 
 
 def multiply_many(x: Fp8Rows, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
-    """x W^T + b [T, N] in bf16, by torch.
+    """x W^T + b [T, N] in bf16, of rows with a scale per token, by torch.
 
     Fast accumulation keeps sums in the tensor cores' own width, some 13 bits below the largest
     term, instead of moving them to float32 registers every few steps: that error is far below
@@ -45,7 +50,7 @@ def multiply_many(x: Fp8Rows, weight: Fp8Weight, bias_N: Tensor | None) -> Tenso
     out_TN = torch._scaled_mm(
         x.codes_TK,
         weight.codes_NK.t(),
-        scale_a=x.scales_T1,
+        scale_a=x.scales_TG,
         scale_b=weight.scales_1N,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,

@@ -24,6 +24,7 @@ constexpr int WEIGHT_ATOM_BYTES = BLOCK_N * ATOM, X_ATOM_BYTES = BLOCK_T * ATOM;
 constexpr int WEIGHT_BYTES = ATOMS * WEIGHT_ATOM_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + ATOMS * X_ATOM_BYTES;
 constexpr int PITCH = BLOCK_N + 4;       // of the sums' rows: no two threads in one bank
+constexpr int SCALE_PITCH = BLOCK_T + 2;  // of the rows of x's scales
 
 DEVICE u32 shared_address(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
@@ -107,6 +108,7 @@ struct Work {
 // that it is empty.
 struct Ring {
     u32 slots, full, empty;
+    float *scales;  // with GROUPED x's, a row of tokens per 128 columns
 };
 
 struct Cursor {
@@ -155,20 +157,50 @@ DEVICE u64 descriptor(u32 address) {
     return (u64)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// With GROUPED, by all warps but the last. Past the matrix's columns x is 0 and has no scale.
+DEVICE void load_scales(const float *x_scales, const Work &work, int num_tokens, int num_groups,
+                        float *to) {
+    int first = work.first_step * ATOMS, count = work.num_steps * ATOMS;
+    for (int i = threadIdx.x; i < BLOCK_T * count; i += CONSUMERS) {
+        int token = i / count, group = i % count;
+        bool is_inside = work.first_token + token < num_tokens && first + group < num_groups;
+        size_t index = (size_t)(work.first_token + token) * num_groups + first + group;
+        to[group * SCALE_PITCH + token] = is_inside ? x_scales[index] : 0.0f;
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+}
+
+// What the products of 128 columns come to, once they are there.
+DEVICE void add_part(float (&sums)[BLOCK_T / 2], float (&part)[BLOCK_T / 2], const float *scales) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_T / 2; i += 4) {
+        float2 two = {1.0f, 1.0f};  // of the neighbouring tokens that a thread has
+        if (GROUPED) two = *(const float2 *)(scales + 2 * i + threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            asm volatile("" : "+f"(part[i + j])::"memory");
+            if (GROUPED)
+                sums[i + j] += part[i + j] * (j % 2 ? two.y : two.x);
+            else
+                sums[i + j] += part[i + j];
+        }
+    }
+}
+
 // One warpgroup's outputs. The tensor cores keep sums in fewer bits than float32 has, so with
-// WIDE_SUMS each step's leave them.
+// WIDE_SUMS those of each 128 columns leave them.
 DEVICE void multiply_all(float (&sums)[TILES][BLOCK_T / 2], int group, const Work &work,
                          const Ring &ring) {
     Cursor at;
     for (int i = 0; i < work.num_steps; i++) {
-        float part[TILES][BLOCK_T / 2];
         u32 slot = ring.slots + at.slot * STAGE_BYTES;
         u64 weights = descriptor(slot + group * TILES * 64 * ATOM);
         u64 x = descriptor(slot + WEIGHT_BYTES);
         barrier_wait(ring.full + 8 * at.slot, at.parity);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int atom = 0; atom < ATOMS; atom++)
+        for (int atom = 0; atom < ATOMS; atom++) {
+            float part[TILES][BLOCK_T / 2];
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (int k = 0; k < 4; k++)
 #pragma unroll
@@ -177,23 +209,26 @@ DEVICE void multiply_all(float (&sums)[TILES][BLOCK_T / 2], int group, const Wor
                     u64 b = x + (atom * X_ATOM_BYTES >> 4) + 2 * k;
                     if (!WIDE_SUMS)
                         multiply<1>(sums[tile], a, b);
-                    else if (atom + k == 0)
+                    else if (k == 0)
                         multiply<0>(part[tile], a, b);
                     else
                         multiply<1>(part[tile], a, b);
                 }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        barrier_arrive_of_warp(ring.empty + 8 * at.slot);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (atom == ATOMS - 1) barrier_arrive_of_warp(ring.empty + 8 * at.slot);
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-            for (int j = 0; j < BLOCK_T / 2; j++) {
-                asm volatile("" : "+f"((WIDE_SUMS ? part : sums)[tile][j])::"memory");
-                if (WIDE_SUMS) sums[tile][j] += part[tile][j];
+            for (int tile = 0; tile < TILES; tile++) {
+                const float *scales = ring.scales + (i * ATOMS + atom) * SCALE_PITCH;
+                if (WIDE_SUMS) add_part(sums[tile], part[tile], scales);
             }
+        }
         at.advance();
     }
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < BLOCK_T / 2; i++) asm volatile("" : "+f"(sums[tile][i])::"memory");
 }
 
 DEVICE void keep_sums(const float (&sums)[TILES][BLOCK_T / 2], int group, float *kept) {
@@ -238,7 +273,7 @@ DEVICE void store_sums(const Work &work, u32 kept, const float *x_scales,
             total.x += value[j].x, total.y += value[j].y;
             total.z += value[j].z, total.w += value[j].w;
         }
-        float x_scale = x_scales[work.first_token + token];
+        float x_scale = GROUPED ? 1.0f : x_scales[work.first_token + token];
         float4 scale = *(const float4 *)(weight_scales + row);
         total.x *= x_scale * scale.x, total.y *= x_scale * scale.y;
         total.z *= x_scale * scale.z, total.w *= x_scale * scale.w;
@@ -266,7 +301,7 @@ DEVICE Work work_of(int num_row_tiles, int num_all_steps) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     fp8_mma(const __grid_constant__ Maps maps, const float *x_scales, const float *weight_scales,
             const u16 *bias, u16 *out, int num_rows, int num_tokens, int num_row_tiles,
-            int num_all_steps) {
+            int num_all_steps, int num_groups) {
     start_next_kernel();
     extern __shared__ char shared[];
     char *slots = shared + (1024 - (shared_address(shared) & 1023)) % 1024;
@@ -274,6 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     ring.slots = shared_address(slots);
     ring.full = ring.slots + STAGES * STAGE_BYTES;
     ring.empty = ring.full + 8 * STAGES;
+    ring.scales = (float *)(slots + STAGES * (STAGE_BYTES + 16));
     Work work = work_of(num_row_tiles, num_all_steps);
     int warp = __shfl_sync(-1u, threadIdx.x / 32, 0);  // known to be one for the warp
     if (threadIdx.x == CONSUMERS) {
@@ -298,8 +334,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
             for (int i = 0; i < BLOCK_T / 2; i++) sums[tile][i] = 0.0f;
-        multiply_all(sums, warp / 4, work, ring);
         wait_for_inputs();
+        if (GROUPED) load_scales(x_scales, work, num_tokens, num_groups, ring.scales);
+        multiply_all(sums, warp / 4, work, ring);
         __syncthreads();  // the sums take the place of the slots
         keep_sums(sums, warp / 4, (float *)slots);
     }

@@ -13,7 +13,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from pipeserve.kernels.quant_split import card_limits
 
 ARCH = "sm_90a"
 _ATOM = 128
+_SHARED_BYTES, _BLOCK_SHARED_BYTES, _RESERVED_BYTES = 228 * 1024, 227 * 1024, 1024
+"""Of a Hopper multiprocessor, of them for one block at most, and what each block takes besides."""
 MAX_PARTS = 8
 """Blocks of a cluster: what every card allows."""
 
@@ -57,17 +59,20 @@ class Fp8Variant:
     has_wide_sums: bool = True
     """Sums leave the tensor cores, which keep them in fewer bits than float32 has, after each step.
     Takes twice as many registers for sums."""
+    is_grouped: bool = False
+    """Activations have a scale per atom rather than per token; takes wide sums."""
 
     @property
     def block_n(self) -> int:
         return self.warpgroups * self.tiles * 64
 
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block: the steps, at the end the sums on their way out."""
+    def shared_bytes(self, num_groups: int = 0) -> int:
+        """Dynamic shared memory of a block: the steps and scales of so many groups of columns, at
+        the end the sums on their way out."""
         step = self.atoms * _ATOM * (self.block_n + self.block_t)
+        scales = num_groups * (self.block_t + 2) * 4
         sums = (self.block_n + 4) * self.block_t * 4
-        return 1024 + max(self.num_stages * (step + 16), sums)
+        return 1024 + max(self.num_stages * (step + 16) + scales, sums)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +94,12 @@ def fp8_mma(
     device = x.codes_TK.device
     if tiling is None:
         multiprocessors = card_limits(device).num_multiprocessors
-        tiling = choose_fp8_tiling(num_rows, num_columns, num_tokens, multiprocessors)
+        tiling = choose_fp8_tiling(
+            num_rows, num_columns, num_tokens, multiprocessors, is_grouped=x.is_grouped
+        )
     variant = tiling.variant
+    assert variant.is_grouped == x.is_grouped, f"{x.scales_TG.shape[1]} scales a token: {tiling}"
+    assert variant.has_wide_sums or not x.is_grouped, f"groups and narrow sums: {tiling}"
     assert weight.codes_NK.shape[1] == num_columns, f"{num_columns} columns do not fit the matrix"
     assert bias_N is None or bias_N.dtype == torch.bfloat16, f"a bias in {bias_N.dtype}"
     num_steps = -(-num_columns // (variant.atoms * _ATOM))
@@ -99,9 +108,12 @@ def fp8_mma(
     row_tiles = -(-num_rows // variant.block_n)
     token_tiles = -(-num_tokens // variant.block_t)
     maps = _map(weight.codes_NK, variant.block_n) + _map(x.codes_TK, variant.block_t)
-    pointers = (x.scales_T1, weight.scales_1N, bias_N, out_TN)
-    integers = (num_rows, num_tokens, row_tiles, num_steps)
-    _kernel(variant, device).launch(
+    num_groups = x.scales_TG.shape[1] if x.is_grouped else 0
+    part_groups = -(-num_steps // tiling.num_parts) * variant.atoms if x.is_grouped else 0
+    kernel = replace(_kernel(variant, device), shared_bytes=variant.shared_bytes(part_groups))
+    pointers = (x.scales_TG, weight.scales_1N, bias_N, out_TN)
+    integers = (num_rows, num_tokens, row_tiles, num_steps, num_groups)
+    kernel.launch(
         num_blocks=row_tiles * token_tiles * tiling.num_parts,
         num_threads=variant.warpgroups * 128 + 32,
         cluster_size=tiling.num_parts,
@@ -133,6 +145,7 @@ def fp8_mma_source(variant: Fp8Variant) -> str:
         "STAGES": variant.num_stages,
         "BLOCKS_AT_ONCE": variant.blocks_at_once,
         "WIDE_SUMS": int(variant.has_wide_sums),
+        "GROUPED": int(variant.is_grouped),
     }
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     return defines + text.replace("// WGMMA", _multiply(variant.block_t))
@@ -158,7 +171,7 @@ DEVICE void multiply(float (&d)[{count}], u64 a, u64 b) {{
 def _kernel(variant: Fp8Variant, device: torch.device) -> CudaKernel:
     cubin = cached_cubin(fp8_mma_source(variant), ARCH)
     with torch.cuda.device(device):
-        return load_kernel(cubin, "fp8_mma", variant.shared_bytes, device=device)
+        return load_kernel(cubin, "fp8_mma", _BLOCK_SHARED_BYTES, device=device)
 
 
 @cache
@@ -198,7 +211,7 @@ _VARIANTS = (
     _variant(16, 1, 5, 4),
     _variant(32, 1, 4, 4),
     _variant(64, 2, 4, 2),
-    _variant(128, 2, 3, 2),
+    _variant(128, 2, 6, 1),
 )
 """By the tokens of a block."""
 _MIN_STEPS = 4
@@ -206,14 +219,33 @@ _MIN_STEPS = 4
 
 
 def choose_fp8_tiling(
-    num_rows: int, num_columns: int, num_tokens: int, num_multiprocessors: int
-) -> Fp8Tiling:
+    num_rows: int, num_columns: int, num_tokens: int, num_multiprocessors: int,
+    *, is_grouped: bool = False,
+) -> Fp8Tiling:  # fmt: skip
     """The smallest tile that holds the tokens, and parts as long as all blocks run at once."""
     variant = next((some for some in _VARIANTS if some.block_t >= num_tokens), _VARIANTS[-1])
     num_tiles = -(-num_rows // variant.block_n) * -(-num_tokens // variant.block_t)
     num_places = num_multiprocessors * variant.blocks_at_once
-    most_parts = min(MAX_PARTS, num_columns // (variant.atoms * _ATOM) // _MIN_STEPS)
+    num_steps = -(-num_columns // (variant.atoms * _ATOM))
     num_parts = 1
-    while num_parts * 2 <= most_parts and num_tiles * num_parts * 2 <= num_places:
+    while (
+        num_tiles * num_parts * 2 <= num_places
+        and num_parts * 2 * _MIN_STEPS <= num_steps
+        and num_parts < MAX_PARTS
+    ):
         num_parts *= 2
+    num_groups = -(-num_steps // num_parts) * variant.atoms if is_grouped else 0
+    variant = _fitted(replace(variant, is_grouped=is_grouped), num_groups)
     return Fp8Tiling(variant=variant, num_parts=num_parts)
+
+
+def _fitted(variant: Fp8Variant, num_groups: int) -> Fp8Variant:
+    """With as many stages, up to its own, as let blocks_at_once fit a multiprocessor."""
+    while variant.num_stages > 2 and not _fits(variant, num_groups):
+        variant = replace(variant, num_stages=variant.num_stages - 1)
+    return variant
+
+
+def _fits(variant: Fp8Variant, num_groups: int) -> bool:
+    held_bytes = variant.shared_bytes(num_groups) + _RESERVED_BYTES
+    return held_bytes * variant.blocks_at_once <= _SHARED_BYTES

@@ -29,10 +29,8 @@ from pipeserve.kernels.dependent_launch import (
     start_next_kernel,
     wait_for_inputs,
 )
-from pipeserve.kernels.fp8_reference import Fp8Rows, Fp8Weight
+from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows, Fp8Weight
 from pipeserve.kernels.quant_split import CardLimits, card_limits, has_ptx, sum_parts
-
-MAX_ROWS = 128
 
 
 @triton.jit
@@ -49,14 +47,15 @@ def _fetch_ahead(row, column, num_columns, COLUMNS: tl.constexpr):
 def fp8_rows_kernel(
     x, x_scales, weights, weight_scales, bias, out, num_tokens, num_rows, num_columns,
     columns_per_part, out_stride, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUPED: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N outputs of BLOCK_T tokens over one part of the columns.
 
     out is [parts, T, N], its tokens out_stride apart. Without EVEN the last columns may lie past
     the end. AHEAD: columns that are asked for before x is there. Sums leave the tensor cores'
-    narrow registers every 128 columns. Rows past the end are the last one once more.
+    narrow registers every 128 columns, with GROUPED times the scales of x for those columns, which
+    are BLOCK_K then. Rows past the end are the last one once more.
     """
     start_next_kernel(PDL)
     first_row = tl.program_id(0) * BLOCK_N
@@ -81,8 +80,14 @@ def fp8_rows_kernel(
         else:
             weight_tile = tl.load(weights[:, None] + column, mask=column < end, other=0.0)
             x_tile = tl.load(x[:, None] + column, mask=column < end, other=0.0)
-        total = tl.dot(weight_tile, tl.trans(x_tile), total, max_num_imprecise_acc=128)
-    total *= weight_scale[:, None] * tl.load(x_scales + token)[None, :]
+        if GROUPED:
+            x_scale = tl.load(x_scales + token * (num_columns // 128) + start // 128)
+            total += tl.dot(weight_tile, tl.trans(x_tile)) * x_scale[None, :]
+        else:
+            total = tl.dot(weight_tile, tl.trans(x_tile), total, max_num_imprecise_acc=128)
+    total *= weight_scale[:, None]
+    if not GROUPED:
+        total *= tl.load(x_scales + token)[None, :]
     if bias is not None:
         total += tl.load(bias + row).to(tl.float32)[:, None]
     out_row = first_row + tl.arange(0, BLOCK_N)
@@ -119,7 +124,7 @@ def multiply_rows(
     device = x.codes_TK.device
     if tiling is None:
         tiling = choose_tiling(num_rows, num_columns, num_tokens, card_limits(device))
-    block_k = tiling.block_k
+    block_k = FP8_GROUP if x.is_grouped else tiling.block_k
     columns_per_part = triton.cdiv(triton.cdiv(num_columns, block_k), tiling.num_parts) * block_k
     num_parts = triton.cdiv(num_columns, columns_per_part)
     is_whole = num_parts == 1
@@ -129,11 +134,12 @@ def multiply_rows(
         sums = torch.empty((num_parts, num_tokens, num_rows), dtype=torch.float32, device=device)
     grid = (triton.cdiv(num_rows, tiling.block_n), num_parts)
     fp8_rows_kernel[(*grid, triton.cdiv(num_tokens, tiling.block_t))](
-        x.codes_TK, x.scales_T1, weight.codes_NK, weight.scales_1N, bias_N if is_whole else None,
+        x.codes_TK, x.scales_TG, weight.codes_NK, weight.scales_1N, bias_N if is_whole else None,
         sums, num_tokens, num_rows, num_columns, columns_per_part, sums.stride(-2),
         BLOCK_N=tiling.block_n, BLOCK_T=tiling.block_t, BLOCK_K=block_k,
-        EVEN=num_columns % block_k == 0, AHEAD=tiling.ahead, ASM=has_ptx(device),
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(device),
+        GROUPED=x.is_grouped, EVEN=num_columns % block_k == 0, AHEAD=tiling.ahead,
+        ASM=has_ptx(device), num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        **launch_options(device),
     )  # fmt: skip
     return out_TN if is_whole else sum_parts(sums, bias_N, out_TN.dtype, out_TN=out_TN)
 
@@ -173,7 +179,7 @@ def choose_tiling(
     num_rows: int, num_columns: int, num_tokens: int, limits: CardLimits
 ) -> RowsTiling:
     """The smallest tile that holds the tokens, with as many stages as fit the shared memory."""
-    block_t = min(MAX_ROWS, max(16, triton.next_power_of_2(num_tokens)))
+    block_t = min(128, max(16, triton.next_power_of_2(num_tokens)))
     preferred = _PREFERENCES[block_t]
     num_programs = triton.cdiv(num_rows, preferred.block_n) * triton.cdiv(num_tokens, block_t)
     num_places = preferred.programs_at_once * limits.num_multiprocessors
@@ -217,6 +223,7 @@ def _aot_case(block_n: int, block_t: int, num_warps: int, num_stages: int, out: 
             "BLOCK_N": block_n,
             "BLOCK_T": block_t,
             "BLOCK_K": _BLOCK_K,
+            "GROUPED": out == "bf16",
             "EVEN": out == "bf16",
             "AHEAD": _AHEAD,
             "ASM": True,

@@ -1,8 +1,8 @@
 """The small kernels between a decoder layer's products, one Triton launch each: norms and SwiGLU.
 
 Sums are float32 whatever the tensors are. Every function takes the place of its twin in
-reference.py and may write to a given output, and the output in other forms to given room: its
-bytes, interleaved, in e4m3.
+reference.py and may write to a given output, and the output rounded to bytes or to e4m3 to given
+rounded rows.
 
 Shapes: T tokens, D model dim, F feed-forward dim.
 """
@@ -23,7 +23,7 @@ from pipeserve.kernels.dependent_launch import (
     start_next_kernel,
     wait_for_inputs,
 )
-from pipeserve.kernels.fp8_reference import Fp8Rows
+from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
 from pipeserve.kernels.fp8_tokens import store_e4m3
 from pipeserve.kernels.interleaved_rows import interleaved
 from pipeserve.kernels.quant_layout import UNIT
@@ -31,8 +31,6 @@ from pipeserve.kernels.quant_reference import QuantisedRows
 from pipeserve.kernels.rounded_rows import store_rounded
 
 _SWIGLU_BLOCK = 1024
-MOST_TOKEN_FEATURES = 16384
-"""Of a feed-forward dim that one program rounds to e4m3."""
 
 
 @triton.jit
@@ -46,8 +44,6 @@ def rms_norm_kernel(
     scales_ptr,
     sums_ptr,
     interleaved_ptr,
-    e4m3_ptr,
-    e4m3_scale_ptr,
     eps,
     dim,
     x_stride,
@@ -75,7 +71,12 @@ def rms_norm_kernel(
     inverse_rms = tl.rsqrt(tl.sum(x_D * x_D, 0) / dim + eps)
     out_D = (x_D * inverse_rms * weight_D).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * dim + dims_D, out_D, is_dim_D)
-    if codes_ptr is not None:
+    if codes_ptr is not None and sums_ptr is None:
+        store_e4m3(
+            out_D.to(tl.float32), codes_ptr + token * dim, scales_ptr + token * (dim // 128), 0,
+            dim, BLOCK_D,
+        )  # fmt: skip
+    elif codes_ptr is not None:
         store_rounded(
             out_D.to(tl.float32), codes_ptr + token * num_groups * 32,
             scales_ptr + token * num_groups, sums_ptr + token * num_groups * 2, 0, num_groups,
@@ -83,10 +84,6 @@ def rms_norm_kernel(
         )  # fmt: skip
     if interleaved_ptr is not None:
         tl.store(interleaved_ptr + token * dim + dims_D, interleaved(out_D, BLOCK_D), is_dim_D)
-    if e4m3_ptr is not None:
-        store_e4m3(
-            out_D.to(tl.float32), dims_D, dim, e4m3_ptr + token * dim, e4m3_scale_ptr + token
-        )
 
 
 @triton.jit
@@ -105,7 +102,12 @@ def swiglu_kernel(
     up_F = tl.load(gate_ptr_F + dim, is_feature_F, other=0.0).to(tl.float32)
     out_F = (gate_F / (1.0 + tl.exp(-gate_F)) * up_F).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * dim + features_F, out_F, is_feature_F)
-    if codes_ptr is not None:
+    if codes_ptr is not None and sums_ptr is None:
+        store_e4m3(
+            out_F.to(tl.float32), codes_ptr + token * dim, scales_ptr + token * (dim // 128),
+            tl.program_id(1) * BLOCK, dim, BLOCK,
+        )  # fmt: skip
+    elif codes_ptr is not None:
         store_rounded(
             out_F.to(tl.float32), codes_ptr + token * num_groups * 32,
             scales_ptr + token * num_groups, sums_ptr + token * num_groups * 2,
@@ -117,27 +119,6 @@ def swiglu_kernel(
         )
 
 
-@triton.jit
-def swiglu_tokens_kernel(
-    gate_up_ptr, out_ptr, e4m3_ptr, e4m3_scale_ptr, dim, gate_up_stride, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One token's features per program."""
-    start_next_kernel(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    features_F = tl.arange(0, BLOCK)
-    is_feature_F = features_F < dim
-    wait_for_inputs(PDL)
-    gate_ptr_F = gate_up_ptr + token * gate_up_stride + features_F
-    gate_F = tl.load(gate_ptr_F, is_feature_F, other=0.0).to(tl.float32)
-    up_F = tl.load(gate_ptr_F + dim, is_feature_F, other=0.0).to(tl.float32)
-    out_F = (gate_F / (1.0 + tl.exp(-gate_F)) * up_F).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * dim + features_F, out_F, is_feature_F)
-    store_e4m3(
-        out_F.to(tl.float32), features_F, dim, e4m3_ptr + token * dim, e4m3_scale_ptr + token
-    )
-
-
 def rms_norm(
     x_TD: Tensor,
     weight_D: Tensor,
@@ -145,11 +126,11 @@ def rms_norm(
     *,
     dtype: torch.dtype | None = None,
     out_TD: Tensor | None = None,
-    rounded: QuantisedRows | None = None,
+    rounded: QuantisedRows | Fp8Rows | None = None,
     interleaved_TD: Tensor | None = None,
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, in dtype or x's own; to `rounded` the bytes of that, to
-    interleaved_TD the same in that order."""
+    """x / sqrt(mean(x^2) + eps) * weight, in dtype or x's own; to `rounded` that in bytes or e4m3,
+    to interleaved_TD the same in that order."""
     if out_TD is None:
         out_TD = torch.empty(x_TD.shape, dtype=dtype or x_TD.dtype, device=x_TD.device)
     _launch_norm(x_TD, None, weight_D, eps, out_TD, out_TD, rounded, interleaved_TD)
@@ -164,18 +145,17 @@ def add_rms_norm(
     *,
     out_TD: Tensor | None = None,
     sum_TD: Tensor | None = None,
-    rounded: QuantisedRows | None = None,
+    rounded: QuantisedRows | Fp8Rows | None = None,
     interleaved_TD: Tensor | None = None,
-    e4m3: Fp8Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and x + residual itself in the residual's type.
 
     sum_TD may be residual_TD: it is then updated in place. `rounded` and interleaved_TD as for
-    rms_norm; to e4m3 the norm's own rows in that.
+    rms_norm.
     """
     out_TD = _empty(x_TD.shape, x_TD) if out_TD is None else out_TD
     sum_TD = _empty(x_TD.shape, residual_TD) if sum_TD is None else sum_TD
-    _launch_norm(x_TD, residual_TD, weight_D, eps, out_TD, sum_TD, rounded, interleaved_TD, e4m3)
+    _launch_norm(x_TD, residual_TD, weight_D, eps, out_TD, sum_TD, rounded, interleaved_TD)
     return out_TD, sum_TD
 
 
@@ -183,7 +163,7 @@ def swiglu(
     gate_up_TF: Tensor,
     *,
     out_TF: Tensor | None = None,
-    rounded: QuantisedRows | None = None,
+    rounded: QuantisedRows | Fp8Rows | None = None,
     interleaved_TF: Tensor | None = None,
 ) -> Tensor:
     """silu(gate) * up of [T, 2F], whose first half is gate; `rounded` and interleaved_TF as for
@@ -209,24 +189,6 @@ def swiglu(
     return out_TF
 
 
-def swiglu_tokens(gate_up_TF: Tensor, e4m3: Fp8Rows) -> Tensor:
-    """swiglu with the output in e4m3 too, whose scales take the whole of a token: up to
-    MOST_TOKEN_FEATURES of them."""
-    num_tokens, dim = e4m3.codes_TK.shape
-    assert dim <= MOST_TOKEN_FEATURES, f"{dim} features; one program takes {MOST_TOKEN_FEATURES}"
-    assert gate_up_TF.shape == (num_tokens, 2 * dim) and gate_up_TF.stride(1) == 1
-    out_TF = _empty((num_tokens, dim), gate_up_TF)
-    if num_tokens == 0:
-        return out_TF
-    block = triton.next_power_of_2(dim)
-    swiglu_tokens_kernel[(num_tokens,)](
-        gate_up_TF, out_TF, e4m3.codes_TK.view(torch.uint8), e4m3.scales_T1, dim,
-        gate_up_TF.stride(0), BLOCK=block, num_warps=min(16, max(1, block // 512)),
-        **launch_options(gate_up_TF.device),
-    )  # fmt: skip
-    return out_TF
-
-
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
@@ -237,12 +199,14 @@ def _num_groups(num_columns: int) -> int:
 
 
 def _pointers(
-    rounded: QuantisedRows | None, num_columns: int
+    rounded: QuantisedRows | Fp8Rows | None, num_columns: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What a kernel writes rounded rows to, if it does."""
     if rounded is None:
         return None, None, None
-    assert rounded.scales_TG.shape[1] == _num_groups(num_columns), "rounded rows do not fit"
+    is_e4m3 = isinstance(rounded, Fp8Rows)
+    num_groups = num_columns // FP8_GROUP if is_e4m3 else _num_groups(num_columns)
+    assert rounded.scales_TG.shape[1] == num_groups, "rounded rows do not fit"
     return rounded.tensors
 
 
@@ -253,9 +217,8 @@ def _launch_norm(
     eps: float,
     out_TD: Tensor,
     sum_TD: Tensor,
-    rounded: QuantisedRows | None,
+    rounded: QuantisedRows | Fp8Rows | None,
     interleaved_TD: Tensor | None,
-    e4m3: Fp8Rows | None = None,
 ) -> None:
     num_tokens, dim = x_TD.shape
     assert x_TD.stride(1) == 1 and weight_D.is_contiguous(), "the model dim is contiguous"
@@ -263,7 +226,7 @@ def _launch_norm(
     assert out_TD.is_contiguous() and sum_TD.is_contiguous(), "outputs are contiguous"
     if num_tokens == 0:
         return
-    block = max(UNIT, triton.next_power_of_2(dim))
+    block = max(FP8_GROUP, triton.next_power_of_2(dim))
     rms_norm_kernel[(num_tokens,)](
         x_TD,
         x_TD if residual_TD is None else residual_TD,
@@ -272,8 +235,6 @@ def _launch_norm(
         sum_TD,
         *_pointers(rounded, dim),
         interleaved_TD,
-        None if e4m3 is None else e4m3.codes_TK.view(torch.uint8),
-        None if e4m3 is None else e4m3.scales_T1,
         eps,
         dim,
         x_TD.stride(0),
@@ -288,11 +249,11 @@ def _launch_norm(
 
 _ROUNDED = {"codes_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i16"}
 _INTERLEAVED = {"interleaved_ptr": "*fp16"}
-_E4M3 = {"e4m3_ptr": "*u8", "e4m3_scale_ptr": "*fp32"}
+_E4M3 = {"codes_ptr": "*u8", "scales_ptr": "*fp32"}
 
 
 def _norm_case(name: str, *, out: str, forms: dict[str, str]) -> AotCase:
-    absent = dict.fromkeys(set(_ROUNDED | _INTERLEAVED | _E4M3) - set(forms))
+    absent = dict.fromkeys(set(_ROUNDED | _INTERLEAVED) - set(forms))
     return AotCase(
         name=name,
         kernel=rms_norm_kernel,
@@ -332,18 +293,7 @@ AOT_CASES = (
     _norm_case("add_rms_norm_forms", out="fp16", forms=_ROUNDED | _INTERLEAVED),
     _norm_case("add_rms_norm_e4m3", out="bf16", forms=_E4M3),
     _swiglu_case("swiglu", out="bf16", forms={}),
+    _swiglu_case("swiglu_e4m3", out="bf16", forms=_E4M3),
     _swiglu_case("swiglu_rounded", out="fp16", forms=_ROUNDED),
     _swiglu_case("swiglu_interleaved", out="fp16", forms=_INTERLEAVED),
-    AotCase(
-        name="swiglu_e4m3",
-        kernel=swiglu_tokens_kernel,
-        signature={
-            "gate_up_ptr": "*bf16",
-            "out_ptr": "*bf16",
-            **_E4M3,
-            **dict.fromkeys(("dim", "gate_up_stride"), "i32:16"),
-        },
-        constexprs={"BLOCK": MOST_TOKEN_FEATURES, "PDL": True},
-        num_warps=16,
-    ),
 )

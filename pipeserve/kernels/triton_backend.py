@@ -12,11 +12,13 @@ from torch import Tensor
 
 from pipeserve.kernels import attention_decode, attention_prefill, fp8_tokens, fused, rotary
 from pipeserve.kernels.backend import Activations, Backend, BiasedWeight, WeightForm, Weights
-from pipeserve.kernels.fp8 import fp8_linear
+from pipeserve.kernels.fp8 import FEW_ROWS, fp8_linear
+from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
 from pipeserve.kernels.quant_dequant import dequantise
 from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_products import QuantProducts
 from pipeserve.kernels.quant_reference import (
+    ACTIVATION_GROUP,
     LinearInput,
     PreparedRows,
     QuantisedRows,
@@ -127,12 +129,18 @@ class FormsWanted:
     products: QuantProducts
     has_bytes: bool
     """Few rows as bytes."""
+    has_e4m3: bool = False
+    """Few rows as 8-bit floats, and none in another form."""
 
     def rooms(
         self, num_tokens: int, num_columns: int, device: torch.device
-    ) -> tuple[QuantisedRows | None, Tensor | None]:
-        """Bytes and interleaved rows to be written, where they are wanted."""
+    ) -> tuple[QuantisedRows | Fp8Rows | None, Tensor | None]:
+        """Rounded and interleaved rows to be written, where they are wanted."""
         rounded = interleaved_TK = None
+        if self.has_e4m3:
+            if num_tokens > FEW_ROWS or num_columns % FP8_GROUP:
+                return None, None
+            return fp8_tokens.empty_rows(num_tokens, num_columns, FP8_GROUP, device), None
         if self.has_bytes and num_tokens <= self.products.most_byte_rows:
             rounded = empty_rows(num_tokens, num_columns, device)
         if self.products.takes_interleaved(num_tokens, num_columns, device):
@@ -142,8 +150,10 @@ class FormsWanted:
 
 
 def _prepared(
-    values_TK: Tensor, rounded: QuantisedRows | None, interleaved_TK: Tensor | None
+    values_TK: Tensor, rounded: QuantisedRows | Fp8Rows | None, interleaved_TK: Tensor | None
 ) -> LinearInput:
+    if isinstance(rounded, Fp8Rows):
+        return PreparedRows(values_TK=values_TK, e4m3=rounded)
     if rounded is None and interleaved_TK is None:
         return values_TK
     return PreparedRows(values_TK=values_TK, rounded=rounded, interleaved_TK=interleaved_TK)
@@ -183,7 +193,8 @@ def paged_attention_decode(
     """attention_decode.paged_attention_decode."""
     num_seqs, num_heads, head_dim = q_SNH.shape
     rounded, interleaved_SK = forms.rooms(num_seqs, num_heads * head_dim, q_SNH.device)
-    if not attention_decode.rounds_output(num_heads, head_dim):
+    per_scale = FP8_GROUP if isinstance(rounded, Fp8Rows) else ACTIVATION_GROUP
+    if not attention_decode.rounds_output(num_heads, head_dim, per_scale):
         rounded = None
     out_SNH = attention_decode.paged_attention_decode(
         q_SNH, *places, **options, rounded=rounded, interleaved_SK=interleaved_SK
@@ -193,27 +204,6 @@ def paged_attention_decode(
 
 def _plain_attention_decode(*inputs: Any, **options: Any) -> Tensor:
     return attention_decode.paged_attention_decode(*inputs, **options).flatten(1)
-
-
-# The same for products of 8-bit floats.
-
-
-def e4m3_add_rms_norm(
-    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
-) -> tuple[LinearInput, Tensor]:
-    """fused.add_rms_norm with its rows in e4m3."""
-    e4m3 = fp8_tokens.empty_rows(x_TD.shape[0], x_TD.shape[1], x_TD.device)
-    normed_TD, sum_TD = fused.add_rms_norm(x_TD, residual_TD, weight_D, eps, e4m3=e4m3)
-    return PreparedRows(values_TK=normed_TD, e4m3=e4m3), sum_TD
-
-
-def e4m3_swiglu(gate_up_TF: Tensor) -> LinearInput:
-    """fused.swiglu with its rows in e4m3, unless they are too long for one program."""
-    num_tokens, twice = gate_up_TF.shape
-    if twice // 2 > fused.MOST_TOKEN_FEATURES:
-        return fused.swiglu(gate_up_TF)
-    e4m3 = fp8_tokens.empty_rows(num_tokens, twice // 2, gate_up_TF.device)
-    return PreparedRows(values_TK=fused.swiglu_tokens(gate_up_TF, e4m3), e4m3=e4m3)
 
 
 def _attention_prefill(*inputs: Any, **options: Any) -> Tensor:
@@ -234,8 +224,13 @@ def gpu_backend(
     backend = _dense_backend(products)
     if weights == "bf16":
         return dataclasses.replace(backend, weight_form="dense")
+    forms = FormsWanted(products=products, has_bytes=False, has_e4m3=True)
     return dataclasses.replace(
-        backend, weight_form="fp8", add_rms_norm=e4m3_add_rms_norm, swiglu=e4m3_swiglu
+        backend,
+        weight_form="fp8",
+        add_rms_norm=partial(add_rms_norm, forms),
+        swiglu=partial(swiglu, forms),
+        paged_attention_decode=partial(paged_attention_decode, forms),
     )
 
 

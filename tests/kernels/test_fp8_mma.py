@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pipeserve.kernels import fp8_reference
-from pipeserve.kernels.fp8_reference import Fp8Rows, Fp8Weight
+from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows, Fp8Weight
 from tests.kernels.quant_cases import relative_error
 
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
@@ -39,16 +41,18 @@ VARIANTS = (
 SHAPES = ((28672, 4096), (4096, 14336), (4096, 4096), (48, 64), (1024, 28672))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8, 9, 64, 128, 300])
-def test_chosen_tilings_fit_a_hopper_card(num_tokens: int) -> None:
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 64, 128])
+def test_chosen_tilings_fit_a_hopper_card(num_tokens: int, is_grouped: bool) -> None:
     for num_rows, num_columns in SHAPES:
-        tiling = choose_fp8_tiling(num_rows, num_columns, num_tokens, 132)
+        tiling = choose_fp8_tiling(num_rows, num_columns, num_tokens, 132, is_grouped=is_grouped)
         variant = tiling.variant
-        assert variant.block_t >= min(num_tokens, 128)
-        held = (variant.shared_bytes + 1024) * variant.blocks_at_once
+        assert variant.block_t >= num_tokens and variant.is_grouped == is_grouped
+        num_steps = -(-num_columns // (128 * variant.atoms))
+        assert 1 <= tiling.num_parts <= min(MAX_PARTS, num_steps)
+        part_groups = -(-num_steps // tiling.num_parts) * variant.atoms if is_grouped else 0
+        held = (variant.shared_bytes(part_groups) + 1024) * variant.blocks_at_once
         assert held <= 228 * 1024
-        assert 1 <= tiling.num_parts <= MAX_PARTS
-        assert tiling.num_parts <= max(1, num_columns // (128 * variant.atoms))
 
 
 def test_few_outputs_are_cut_into_parts() -> None:
@@ -84,12 +88,19 @@ def card(device: torch.device) -> torch.device:
 
 
 def operands(
-    num_tokens: int, num_rows: int, num_columns: int, device: torch.device
+    num_tokens: int,
+    num_rows: int,
+    num_columns: int,
+    device: torch.device,
+    *,
+    grouped: bool = False,
 ) -> tuple[Fp8Rows, Fp8Weight]:
     torch.manual_seed(0)
     values = torch.randn(num_rows, num_columns, device=device) * 0.05
     codes, scales = fp8_reference.quantise_rows(values)
-    x = quantise_tokens(torch.randn(num_tokens, num_columns, device=device))
+    x_TK = torch.randn(num_tokens, num_columns, device=device)
+    x_TK *= torch.logspace(-1, 1, num_columns, device=device)  # groups differ
+    x = fp8_reference.quantise_tokens(x_TK, FP8_GROUP if grouped else None)
     return x, Fp8Weight(codes_NK=codes, scales_1N=scales.t().contiguous())
 
 
@@ -101,21 +112,36 @@ def test_products(variant: Fp8Variant, num_tokens: int, card: torch.device) -> N
     x, weight = operands(num_tokens, 336, 1360, card)
     bias = torch.randn(336, device=card).bfloat16()
     wanted = fp8_reference.scaled_product(x, weight, bias)
+    limit = 4e-3 if variant.has_wide_sums else 1e-2
     for num_parts in (1, 2, 4):
         tiling = Fp8Tiling(variant=variant, num_parts=num_parts)
         got = fp8_mma(x, weight, bias, tiling=tiling)
-        assert got.dtype == torch.bfloat16 and relative_error(got, wanted) < 4e-3
+        assert got.dtype == torch.bfloat16 and relative_error(got, wanted) < limit
         plain = fp8_mma(x, weight, tiling=tiling)
-        assert relative_error(plain, wanted - bias.float()) < 4e-3
+        assert relative_error(plain, wanted - bias.float()) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 8, 13, 64, 70, 128])
+@pytest.mark.parametrize("variant", VARIANTS[:-1], ids=lambda variant: f"t{variant.block_t}")
+def test_products_of_groups(variant: Fp8Variant, num_tokens: int, card: torch.device) -> None:
+    x, weight = operands(num_tokens, 336, 1408, card, grouped=True)
+    wanted = fp8_reference.scaled_product(x, weight, None)
+    for num_parts in (1, 2, 4):
+        tiling = Fp8Tiling(variant=replace(variant, is_grouped=True), num_parts=num_parts)
+        assert relative_error(fp8_mma(x, weight, tiling=tiling), wanted) < 4e-3
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 16, 40, 128])
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(4096, 4096), (4096, 14336), (48, 64)])
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns", "grouped"),
+    [(4096, 4096, False), (4096, 4096, True), (4096, 14336, True), (48, 64, False)],
+)
 def test_both_kernels_for_few_rows_agree(
-    num_tokens: int, num_rows: int, num_columns: int, card: torch.device
+    num_tokens: int, num_rows: int, num_columns: int, grouped: bool, card: torch.device
 ) -> None:
-    x, weight = operands(num_tokens, num_rows, num_columns, card)
+    x, weight = operands(num_tokens, num_rows, num_columns, card, grouped=grouped)
     wanted = fp8_reference.scaled_product(x, weight, None)
     for got in (fp8_mma(x, weight), multiply_rows(x, weight)):
         assert relative_error(got, wanted) < 3e-3
