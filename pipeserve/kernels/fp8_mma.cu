@@ -2,7 +2,8 @@
 // that takes time: both operands from shared memory, where the copy engine keeps up to STAGES steps
 // of columns in flight. The weights of the first steps are asked for before the activations are
 // there. The blocks of a cluster take parts of the columns of the same outputs; their sums are added
-// in a fixed order, over distributed shared memory.
+// in a fixed order, over distributed shared memory. SHARING blocks of neighbouring outputs may take
+// the same part: each copies its share of the activations to all of them.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -38,6 +39,15 @@ DEVICE void barrier_arrive_of_warp(u32 barrier) {
         "@elected mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier)
         : "memory");
 }
+// The same on the barrier of another block of the cluster.
+DEVICE void barrier_arrive_of_warp_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{ .reg .pred elected; .reg .b32 there; elect.sync _|elected, -1;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "@elected mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
 DEVICE void barrier_expect(u32 barrier, u32 num_bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                  "r"(num_bytes)
@@ -59,6 +69,15 @@ DEVICE void copy_tile(u32 to, const TensorMap &map, int column, int row, u32 bar
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
         "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(hint)
+        : "memory");
+}
+// To the same places of all blocks of the cluster whose bits are set.
+DEVICE void copy_tile_to(u32 to, const TensorMap &map, int column, int row, u32 barrier, u64 hint,
+                         u16 blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(hint)
         : "memory");
 }
 DEVICE void prefetch_map(const TensorMap &map) {
@@ -99,9 +118,9 @@ struct Maps {
     TensorMap weights, x;
 };
 
-// What a block works on.
+// What a block works on; first_mate: the rank of the first block that takes the same part.
 struct Work {
-    int first_row, first_token, first_step, num_steps;
+    int first_row, first_token, first_step, num_steps, part, mate, first_mate;
 };
 
 // Shared memory: slots for steps of both operands, and per slot a barrier that it is full and one
@@ -129,20 +148,25 @@ DEVICE void copy_weights(const Maps &maps, const Work &work, int i, u32 slot, co
 }
 
 DEVICE void copy_x(const Maps &maps, const Work &work, int i, u32 slot, const Ring &ring) {
+    constexpr int TOKENS = BLOCK_T / SHARING;  // that this block copies
     u32 barrier = ring.full + 8 * slot, to = ring.slots + slot * STAGE_BYTES + WEIGHT_BYTES;
 #pragma unroll
-    for (int atom = 0; atom < ATOMS; atom++)
-        copy_tile(to + atom * X_ATOM_BYTES, maps.x, ((work.first_step + i) * ATOMS + atom) * ATOM,
-                  work.first_token, barrier, EVICT_NORMAL);
+    for (int atom = 0; atom < ATOMS; atom++) {
+        int column = ((work.first_step + i) * ATOMS + atom) * ATOM;
+        u32 at = to + atom * X_ATOM_BYTES + work.mate * TOKENS * ATOM;
+        int token = work.first_token + work.mate * TOKENS;
+        if (SHARING == 1)
+            copy_tile(at, maps.x, column, token, barrier, EVICT_NORMAL);
+        else
+            copy_tile_to(at, maps.x, column, token, barrier, EVICT_NORMAL,
+                         (u16)(((1 << SHARING) - 1) << work.first_mate));
+    }
 }
 
-// One thread; it has made the barriers.
+// One thread; the first steps' weights are on their way.
 DEVICE void copy_all(const Maps &maps, const Work &work, const Ring &ring) {
-    int num_first = min(STAGES, work.num_steps);
-    // No kernel before this one has written the weights.
-    for (int i = 0; i < num_first; i++) copy_weights(maps, work, i, i, ring);
     wait_for_inputs();
-    for (int i = 0; i < num_first; i++) copy_x(maps, work, i, i, ring);
+    for (int i = 0; i < min(STAGES, work.num_steps); i++) copy_x(maps, work, i, i, ring);
     Cursor refilled;
     for (int i = STAGES; i < work.num_steps; i++) {
         barrier_wait(ring.empty + 8 * refilled.slot, refilled.parity);
@@ -216,7 +240,13 @@ DEVICE void multiply_all(float (&sums)[TILES][BLOCK_T / 2], int group, const Wor
                 }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (atom == ATOMS - 1) barrier_arrive_of_warp(ring.empty + 8 * at.slot);
+            if (atom == ATOMS - 1) {
+                u32 empty = ring.empty + 8 * at.slot;
+                if (SHARING == 1) barrier_arrive_of_warp(empty);
+#pragma unroll
+                for (int mate = 0; mate < SHARING; mate++)
+                    if (SHARING > 1) barrier_arrive_of_warp_at(empty, work.first_mate + mate);
+            }
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
                 const float *scales = ring.scales + (i * ATOMS + atom) * SCALE_PITCH;
@@ -256,7 +286,7 @@ DEVICE void store_sums(const Work &work, u32 kept, const float *x_scales,
                        const float *weight_scales, const u16 *bias, u16 *out, int num_rows,
                        int num_tokens) {
     constexpr int FOURS = BLOCK_N / 4;
-    int part = PARTS == 1 ? 0 : cluster_rank(), tokens = min(BLOCK_T, num_tokens - work.first_token);
+    int part = work.part, tokens = min(BLOCK_T, num_tokens - work.first_token);
     for (int i = threadIdx.x; i < (tokens + PARTS - 1 - part) / PARTS * FOURS; i += THREADS) {
         int token = i / FOURS * PARTS + part, local_row = i % FOURS * 4;
         int row = work.first_row + local_row;
@@ -265,7 +295,7 @@ DEVICE void store_sums(const Work &work, u32 kept, const float *x_scales,
 #pragma unroll
         for (int j = 0; j < PARTS; j++) {
             u32 from = kept + (token * PITCH + local_row) * 4;
-            value[j] = load_of_rank(from, j);
+            value[j] = load_of_rank(from, j * SHARING + work.mate);
         }
         float4 total = value[0];
 #pragma unroll
@@ -289,12 +319,14 @@ DEVICE void store_sums(const Work &work, u32 kept, const float *x_scales,
 
 // Tiles of outputs go round fastest, so that blocks that run at once share few tiles of x.
 DEVICE Work work_of(int num_row_tiles, int num_all_steps) {
-    int parts = cluster_size(), part = cluster_rank(), tile = blockIdx.x / parts;
+    int parts = cluster_size() / SHARING, rank = cluster_rank();
+    int tile = blockIdx.x / cluster_size() * SHARING + rank % SHARING;
     Work work;
+    work.part = rank / SHARING, work.mate = rank % SHARING, work.first_mate = rank - work.mate;
     work.first_row = tile % num_row_tiles * BLOCK_N;
     work.first_token = tile / num_row_tiles * BLOCK_T;
-    work.first_step = part * num_all_steps / parts;
-    work.num_steps = (part + 1) * num_all_steps / parts - work.first_step;
+    work.first_step = work.part * num_all_steps / parts;
+    work.num_steps = (work.part + 1) * num_all_steps / parts - work.first_step;
     return work;
 }
 
@@ -317,12 +349,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
         prefetch_map(maps.x);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(ring.full + 8 * i, 1);
-            barrier_init(ring.empty + 8 * i, WARPGROUPS * 4);
+            barrier_init(ring.empty + 8 * i, WARPGROUPS * 4 * SHARING);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        // No kernel before this one has written the weights.
+        for (int i = 0; i < min(STAGES, work.num_steps); i++)
+            copy_weights(maps, work, i, i, ring);
     }
-    __syncthreads();
+    __syncwarp();
+    if (SHARING == 1)
+        __syncthreads();
+    else
+        cluster_sync();
     if (warp == WARPGROUPS * 4) {
         if (threadIdx.x == CONSUMERS) copy_all(maps, work, ring);
         __syncwarp();
@@ -345,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     else
         cluster_sync();
     u32 kept = shared_address(slots);
-    switch (cluster_size()) {
+    switch (cluster_size() / SHARING) {
         case 1:
             store_sums<1>(work, kept, x_scales, weight_scales, bias, out, num_rows, num_tokens);
             break;

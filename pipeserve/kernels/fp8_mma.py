@@ -36,8 +36,8 @@ ARCH = "sm_90a"
 _ATOM = 128
 _SHARED_BYTES, _BLOCK_SHARED_BYTES, _RESERVED_BYTES = 228 * 1024, 227 * 1024, 1024
 """Of a Hopper multiprocessor, of them for one block at most, and what each block takes besides."""
-MAX_PARTS = 8
-"""Blocks of a cluster: what every card allows."""
+MAX_BLOCKS = 8
+"""Of a cluster: what every card allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,9 @@ class Fp8Variant:
     has_wide_sums: bool = True
     """Sums leave the tensor cores, which keep them in fewer bits than float32 has, after each step.
     Takes twice as many registers for sums."""
+    sharing: int = 1
+    """Blocks of neighbouring outputs that share what they copy of the activations: 1, 2 or 4, of
+    which each copies a multiple of 8 tokens."""
     is_grouped: bool = False
     """Activations have a scale per atom rather than per token; takes wide sums."""
 
@@ -66,13 +69,19 @@ class Fp8Variant:
     def block_n(self) -> int:
         return self.warpgroups * self.tiles * 64
 
+    @property
+    def step_bytes(self) -> int:
+        return self.atoms * _ATOM * (self.block_n + self.block_t)
+
+    @property
+    def sums_bytes(self) -> int:
+        return (self.block_n + 4) * self.block_t * 4
+
     def shared_bytes(self, num_groups: int = 0) -> int:
         """Dynamic shared memory of a block: the steps and scales of so many groups of columns, at
         the end the sums on their way out."""
-        step = self.atoms * _ATOM * (self.block_n + self.block_t)
         scales = num_groups * (self.block_t + 2) * 4
-        sums = (self.block_n + 4) * self.block_t * 4
-        return 1024 + max(self.num_stages * (step + 16) + scales, sums)
+        return 1024 + max(self.num_stages * (self.step_bytes + 16) + scales, self.sums_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +90,7 @@ class Fp8Tiling:
 
     variant: Fp8Variant
     num_parts: int
-    """Of the columns, a power of 2: blocks of a cluster."""
+    """Of the columns, a power of 2: so many times sharing blocks are a cluster."""
 
 
 def fp8_mma(
@@ -99,15 +108,19 @@ def fp8_mma(
         )
     variant = tiling.variant
     assert variant.is_grouped == x.is_grouped, f"{x.scales_TG.shape[1]} scales a token: {tiling}"
+    assert variant.sharing == 1 or variant.sums_bytes <= variant.num_stages * variant.step_bytes
     assert variant.has_wide_sums or not x.is_grouped, f"groups and narrow sums: {tiling}"
     assert weight.codes_NK.shape[1] == num_columns, f"{num_columns} columns do not fit the matrix"
     assert bias_N is None or bias_N.dtype == torch.bfloat16, f"a bias in {bias_N.dtype}"
     num_steps = -(-num_columns // (variant.atoms * _ATOM))
-    assert tiling.num_parts <= min(num_steps, MAX_PARTS), f"{num_steps} steps for {tiling}"
+    cluster_size = tiling.num_parts * variant.sharing
+    assert tiling.num_parts <= num_steps and cluster_size <= MAX_BLOCKS, f"{num_steps}: {tiling}"
     out_TN = torch.empty((num_tokens, num_rows), dtype=torch.bfloat16, device=device)
-    row_tiles = -(-num_rows // variant.block_n)
+    row_tiles = -(-num_rows // (variant.block_n * variant.sharing)) * variant.sharing
     token_tiles = -(-num_tokens // variant.block_t)
-    maps = _map(weight.codes_NK, variant.block_n) + _map(x.codes_TK, variant.block_t)
+    maps = _map(weight.codes_NK, variant.block_n) + _map(
+        x.codes_TK, variant.block_t // variant.sharing
+    )
     num_groups = x.scales_TG.shape[1] if x.is_grouped else 0
     part_groups = -(-num_steps // tiling.num_parts) * variant.atoms if x.is_grouped else 0
     kernel = replace(_kernel(variant, device), shared_bytes=variant.shared_bytes(part_groups))
@@ -116,7 +129,7 @@ def fp8_mma(
     kernel.launch(
         num_blocks=row_tiles * token_tiles * tiling.num_parts,
         num_threads=variant.warpgroups * 128 + 32,
-        cluster_size=tiling.num_parts,
+        cluster_size=cluster_size,
         stream=torch.cuda.current_stream(device).cuda_stream,
         starts_early=dependent_launch.is_supported(device),
         arguments=(
@@ -145,6 +158,7 @@ def fp8_mma_source(variant: Fp8Variant) -> str:
         "STAGES": variant.num_stages,
         "BLOCKS_AT_ONCE": variant.blocks_at_once,
         "WIDE_SUMS": int(variant.has_wide_sums),
+        "SHARING": variant.sharing,
         "GROUPED": int(variant.is_grouped),
     }
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
@@ -231,7 +245,7 @@ def choose_fp8_tiling(
     while (
         num_tiles * num_parts * 2 <= num_places
         and num_parts * 2 * _MIN_STEPS <= num_steps
-        and num_parts < MAX_PARTS
+        and num_parts * 2 * variant.sharing <= MAX_BLOCKS
     ):
         num_parts *= 2
     num_groups = -(-num_steps // num_parts) * variant.atoms if is_grouped else 0

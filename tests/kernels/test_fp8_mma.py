@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is a development dependency; it is 
 
 from pipeserve.kernels.fp8_mma import (
     ARCH,
-    MAX_PARTS,
+    MAX_BLOCKS,
     Fp8Tiling,
     Fp8Variant,
     choose_fp8_tiling,
@@ -32,7 +32,9 @@ SMALL = Fp8Variant(block_t=8, warpgroups=1, tiles=1, atoms=1, num_stages=3, bloc
 VARIANTS = (
     SMALL,
     Fp8Variant(block_t=24, warpgroups=1, tiles=2, atoms=2, num_stages=3, blocks_at_once=2),
-    Fp8Variant(block_t=64, warpgroups=2, tiles=1, atoms=1, num_stages=4, blocks_at_once=2),
+    Fp8Variant(
+        block_t=64, warpgroups=2, tiles=1, atoms=1, num_stages=4, blocks_at_once=2, sharing=2
+    ),
     Fp8Variant(
         block_t=128, warpgroups=4, tiles=1, atoms=1, num_stages=4, blocks_at_once=1,
         has_wide_sums=False,
@@ -49,7 +51,7 @@ def test_chosen_tilings_fit_a_hopper_card(num_tokens: int, is_grouped: bool) -> 
         variant = tiling.variant
         assert variant.block_t >= num_tokens and variant.is_grouped == is_grouped
         num_steps = -(-num_columns // (128 * variant.atoms))
-        assert 1 <= tiling.num_parts <= min(MAX_PARTS, num_steps)
+        assert 1 <= tiling.num_parts <= min(MAX_BLOCKS, num_steps)
         part_groups = -(-num_steps // tiling.num_parts) * variant.atoms if is_grouped else 0
         held = (variant.shared_bytes(part_groups) + 1024) * variant.blocks_at_once
         assert held <= 228 * 1024
