@@ -77,6 +77,13 @@ class Fp8Variant:
     def sums_bytes(self) -> int:
         return (self.block_n + 4) * self.block_t * 4
 
+    def num_steps(self, num_columns: int) -> int:
+        return -(-num_columns // (self.atoms * _ATOM))
+
+    def num_groups(self, num_columns: int, num_parts: int) -> int:
+        """Groups of columns with a scale of their own that a part has at most."""
+        return -(-self.num_steps(num_columns) // num_parts) * self.atoms if self.is_grouped else 0
+
     def shared_bytes(self, num_groups: int = 0) -> int:
         """Dynamic shared memory of a block: the steps and scales of so many groups of columns, at
         the end the sums on their way out."""
@@ -101,35 +108,28 @@ def fp8_mma(
     num_tokens, num_columns = x.codes_TK.shape
     num_rows = weight.codes_NK.shape[0]
     device = x.codes_TK.device
+    assert weight.codes_NK.shape[1] == num_columns, f"{num_columns} columns do not fit the matrix"
+    assert bias_N is None or bias_N.dtype == torch.bfloat16, f"a bias in {bias_N.dtype}"
     if tiling is None:
         multiprocessors = card_limits(device).num_multiprocessors
         tiling = choose_fp8_tiling(
             num_rows, num_columns, num_tokens, multiprocessors, is_grouped=x.is_grouped
         )
     variant = tiling.variant
-    assert variant.is_grouped == x.is_grouped, f"{x.scales_TG.shape[1]} scales a token: {tiling}"
-    assert variant.sharing == 1 or variant.sums_bytes <= variant.num_stages * variant.step_bytes
-    assert variant.has_wide_sums or not x.is_grouped, f"groups and narrow sums: {tiling}"
-    assert weight.codes_NK.shape[1] == num_columns, f"{num_columns} columns do not fit the matrix"
-    assert bias_N is None or bias_N.dtype == torch.bfloat16, f"a bias in {bias_N.dtype}"
-    num_steps = -(-num_columns // (variant.atoms * _ATOM))
-    cluster_size = tiling.num_parts * variant.sharing
-    assert tiling.num_parts <= num_steps and cluster_size <= MAX_BLOCKS, f"{num_steps}: {tiling}"
+    num_steps = variant.num_steps(num_columns)
+    _check(x, tiling, num_steps)
     out_TN = torch.empty((num_tokens, num_rows), dtype=torch.bfloat16, device=device)
     row_tiles = -(-num_rows // (variant.block_n * variant.sharing)) * variant.sharing
     token_tiles = -(-num_tokens // variant.block_t)
-    maps = _map(weight.codes_NK, variant.block_n) + _map(
-        x.codes_TK, variant.block_t // variant.sharing
-    )
-    num_groups = x.scales_TG.shape[1] if x.is_grouped else 0
-    part_groups = -(-num_steps // tiling.num_parts) * variant.atoms if x.is_grouped else 0
-    kernel = replace(_kernel(variant, device), shared_bytes=variant.shared_bytes(part_groups))
+    x_map = _map(x.codes_TK, variant.block_t // variant.sharing)
+    maps = _map(weight.codes_NK, variant.block_n) + x_map
     pointers = (x.scales_TG, weight.scales_1N, bias_N, out_TN)
-    integers = (num_rows, num_tokens, row_tiles, num_steps, num_groups)
-    kernel.launch(
+    integers = (num_rows, num_tokens, row_tiles, num_steps, x.scales_TG.shape[1])
+    shared_bytes = variant.shared_bytes(variant.num_groups(num_columns, tiling.num_parts))
+    replace(_kernel(variant, device), shared_bytes=shared_bytes).launch(
         num_blocks=row_tiles * token_tiles * tiling.num_parts,
         num_threads=variant.warpgroups * 128 + 32,
-        cluster_size=cluster_size,
+        cluster_size=tiling.num_parts * variant.sharing,
         stream=torch.cuda.current_stream(device).cuda_stream,
         starts_early=dependent_launch.is_supported(device),
         arguments=(
@@ -139,6 +139,17 @@ def fp8_mma(
         ),
     )
     return out_TN
+
+
+def _check(x: Fp8Rows, tiling: Fp8Tiling, num_steps: int) -> None:
+    variant = tiling.variant
+    assert tiling.num_parts <= num_steps, f"{num_steps} steps for {tiling}"
+    assert tiling.num_parts * variant.sharing <= MAX_BLOCKS, f"a larger cluster: {tiling}"
+    assert variant.is_grouped == x.is_grouped, f"{x.scales_TG.shape[1]} scales a token: {tiling}"
+    assert variant.has_wide_sums or not x.is_grouped, f"groups with narrow sums: {tiling}"
+    # Late arrivals of others at this block's barriers would fall into the sums.
+    steps_bytes = variant.num_stages * variant.step_bytes
+    assert variant.sharing == 1 or variant.sums_bytes <= steps_bytes, f"few stages: {tiling}"
 
 
 def _map(codes: Tensor, box_rows: int) -> bytes:
@@ -240,16 +251,12 @@ def choose_fp8_tiling(
     variant = next((some for some in _VARIANTS if some.block_t >= num_tokens), _VARIANTS[-1])
     num_tiles = -(-num_rows // variant.block_n) * -(-num_tokens // variant.block_t)
     num_places = num_multiprocessors * variant.blocks_at_once
-    num_steps = -(-num_columns // (variant.atoms * _ATOM))
+    most_parts = min(MAX_BLOCKS // variant.sharing, variant.num_steps(num_columns) // _MIN_STEPS)
     num_parts = 1
-    while (
-        num_tiles * num_parts * 2 <= num_places
-        and num_parts * 2 * _MIN_STEPS <= num_steps
-        and num_parts * 2 * variant.sharing <= MAX_BLOCKS
-    ):
+    while num_parts * 2 <= most_parts and num_tiles * num_parts * 2 <= num_places:
         num_parts *= 2
-    num_groups = -(-num_steps // num_parts) * variant.atoms if is_grouped else 0
-    variant = _fitted(replace(variant, is_grouped=is_grouped), num_groups)
+    variant = replace(variant, is_grouped=is_grouped)
+    variant = _fitted(variant, variant.num_groups(num_columns, num_parts))
     return Fp8Tiling(variant=variant, num_parts=num_parts)
 
 

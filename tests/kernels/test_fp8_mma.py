@@ -50,9 +50,8 @@ def test_chosen_tilings_fit_a_hopper_card(num_tokens: int, is_grouped: bool) -> 
         tiling = choose_fp8_tiling(num_rows, num_columns, num_tokens, 132, is_grouped=is_grouped)
         variant = tiling.variant
         assert variant.block_t >= num_tokens and variant.is_grouped == is_grouped
-        num_steps = -(-num_columns // (128 * variant.atoms))
-        assert 1 <= tiling.num_parts <= min(MAX_BLOCKS, num_steps)
-        part_groups = -(-num_steps // tiling.num_parts) * variant.atoms if is_grouped else 0
+        assert 1 <= tiling.num_parts <= min(MAX_BLOCKS, variant.num_steps(num_columns))
+        part_groups = variant.num_groups(num_columns, tiling.num_parts)
         held = (variant.shared_bytes(part_groups) + 1024) * variant.blocks_at_once
         assert held <= 228 * 1024
 
