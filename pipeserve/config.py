@@ -59,7 +59,7 @@ class Config(BaseSettings):
     layer_split: Annotated[tuple[int, ...] | None, NoDecode] = None
     """Layers per stage, in the order of devices; left out, layers are timed on every kind of device and cut so that the slowest stage is as fast as possible within the memory."""
     weights: Literal["quantised", "both", "bf16", "fp8"] = "quantised"
-    """How GPUs hold matrices: quantised keeps the file's types and sizes; both holds them dequantised as well, 2 more bytes per weight, and multiplies large batches by those; bf16 takes 2 bytes per weight, fp8 one (e4m3 with a scale per row, activations likewise per token) except where that costs most: embedding, output head, first three layers, last layer, query, key and value rows stay bf16. All three multiply large batches faster. CPU stages always compute in float32."""
+    """How GPUs hold matrices: quantised keeps the file's types and sizes; both holds them dequantised as well, 2 more bytes per weight, and multiplies large batches by those; bf16 takes 2 bytes per weight, fp8 one (e4m3 with a scale per row, activations likewise per token or per 128 columns of it) except where that costs most: embedding, output head, first three layers, last layer, query, key and value rows stay bf16. All three multiply large batches faster. CPU stages always compute in float32."""
     activations: Literal["auto", "f16", "int8"] = "auto"
     """What GPUs multiply quantised weights by: f16, or int8 with a scale per 32, whatever the batch; auto takes int8 for few rows and f16 for more, whichever is faster."""
     threads_per_stage: Annotated[int, Field(ge=1)] = 1

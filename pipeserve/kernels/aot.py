@@ -26,3 +26,5 @@ class AotCase:
     NVIDIA from sm_90 on."""
     num_warps: int = 4
     num_stages: int = 3
+    needs_e4m3: bool = False
+    """Only for cards whose tensor cores take e4m3: NVIDIA's from sm_89 on."""

@@ -36,6 +36,8 @@ from pipeserve.kernels.dependent_launch import (
     start_next_kernel,
     wait_for_inputs,
 )
+from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
+from pipeserve.kernels.fp8_tokens import store_e4m3
 from pipeserve.kernels.interleaved_rows import interleaved_column
 from pipeserve.kernels.quant_layout import UNIT
 from pipeserve.kernels.quant_reference import ACTIVATION_GROUP, QuantisedRows
@@ -110,8 +112,13 @@ def _merge_head(
     out_ptr_H = out_ptr + seq * out_stride_seq + head * out_stride_head + dims_H
     out_H = out_H.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr_H, out_H, dims_H < HEAD_DIM)
-    if codes_ptr is not None:
-        first_column = (seq * num_heads + head) * HEAD_DIM
+    first_column = (seq * num_heads + head) * HEAD_DIM
+    if codes_ptr is not None and sums_ptr is None:
+        store_e4m3(
+            out_H.to(tl.float32), codes_ptr + first_column, scales_ptr + first_column // 128, 0,
+            HEAD_DIM, BLOCK_H,
+        )  # fmt: skip
+    elif codes_ptr is not None:
         store_rounded(
             out_H.to(tl.float32), codes_ptr + first_column, scales_ptr + first_column // 32,
             sums_ptr + first_column // 16, 0, HEAD_DIM // 32, BLOCK_H // 32,
@@ -259,7 +266,7 @@ def paged_attention_decode(
     sinks_N: Tensor | None = None,
     out_SNH: Tensor | None = None,
     arrivals_SK: Tensor | None = None,
-    rounded: QuantisedRows | None = None,
+    rounded: QuantisedRows | Fp8Rows | None = None,
     interleaved_SK: Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> Tensor:
@@ -268,9 +275,9 @@ def paged_attention_decode(
     A row of length 0 gets zeros. Entries of block_table_SB past a row's length are not read.
     `window`: only the last so many positions. `soft_cap`: scores become cap * tanh(score / cap).
     sinks_N: a logit per head that takes part in the softmax and has no value. int8 caches need
-    both scales. arrivals_SK: int32 zeros, and zeros again afterwards. To `rounded` go
-    the bytes of the output [S, N * H], where rounds_output(N, H), to interleaved_SK the same in
-    that order.
+    both scales. arrivals_SK: int32 zeros, and zeros again afterwards. To `rounded` goes the output
+    [S, N * H] in bytes or e4m3, where rounds_output says so, to interleaved_SK the same in that
+    order.
     """
     num_seqs, num_heads, head_dim = q_SNH.shape
     page, num_kv_heads = k_cache_BPKH.shape[1:3]
@@ -281,7 +288,8 @@ def paged_attention_decode(
         else out_SNH
     )
     assert out_SNH.stride(2) == 1, "the head dim of the output is contiguous"
-    assert rounded is None or rounds_output(num_heads, head_dim), "no group of two heads"
+    per_scale = FP8_GROUP if isinstance(rounded, Fp8Rows) else ACTIVATION_GROUP
+    assert rounded is None or rounds_output(num_heads, head_dim, per_scale), "a group of two heads"
     if num_seqs == 0:
         return out_SNH
     config = config or decode_config(num_seqs, num_kv_heads, head_dim, kv=k_cache_BPKH.dtype)
@@ -338,9 +346,9 @@ def paged_attention_decode(
     return out_SNH
 
 
-def rounds_output(num_heads: int, head_dim: int) -> bool:
-    """Whether bytes can be written head by head: groups of 32 within heads, rows of whole units."""
-    return head_dim % ACTIVATION_GROUP == 0 and num_heads * head_dim % UNIT == 0
+def rounds_output(num_heads: int, head_dim: int, group: int = ACTIVATION_GROUP) -> bool:
+    """Whether rounded rows can be written by heads: groups within heads, rows of whole units."""
+    return head_dim % group == 0 and num_heads * head_dim % UNIT == 0
 
 
 def _aot_case(
@@ -413,9 +421,11 @@ _FORMS = {
     "sums_ptr": "*i16",
     "interleaved_ptr": "*fp16",
 }
+_E4M3 = {"codes_ptr": "*u8", "scales_ptr": "*fp32"}
 AOT_CASES = (
     _aot_case("f16_128", kv="fp16", head_dim=128, group=4, tile=64, forms=_FORMS),
     _aot_case("bf16_256", kv="bf16", head_dim=256, group=4, tile=32),
     _aot_case("int8_128", kv="i8", head_dim=128, group=4, tile=64, has_sinks=True),
     _aot_case("f16_80", kv="fp16", head_dim=80, group=7, tile=64),
+    _aot_case("e4m3_128", kv="bf16", head_dim=128, group=4, tile=32, forms=_E4M3),
 )

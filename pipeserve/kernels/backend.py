@@ -64,7 +64,7 @@ class Backend:
     """x W^T + b for a planar matrix: [T, K] -> [T, N]."""
     stacked_quant_linear: Callable[[LinearInput, Sequence[BiasedWeight]], Tensor]
     """The same for matrices of several types, outputs side by side."""
-    fp8_linear: Callable[[Tensor, Fp8Weight, Tensor | None], Tensor]
+    fp8_linear: Callable[[LinearInput, Fp8Weight, Tensor | None], Tensor]
     """The same for a matrix in e4m3."""
     prepare: Callable[[Sequence[PlanarWeight]], str | None]
     """Compile what these matrices' products take, where that is better done ahead; what the user
@@ -77,6 +77,10 @@ def _reference_quant_linear(x: LinearInput, weight: PlanarWeight, bias_N: Tensor
 
 def _reference_stacked_quant_linear(x: LinearInput, parts: Sequence[BiasedWeight]) -> Tensor:
     return torch.cat([_reference_quant_linear(x, *part) for part in parts], dim=-1)
+
+
+def _reference_fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
+    return fp8_reference.fp8_linear(values_of(x), weight, bias_N)
 
 
 REFERENCE = Backend(
@@ -93,7 +97,7 @@ REFERENCE = Backend(
     dequantise=quant_reference.dequantise,
     quant_linear=_reference_quant_linear,
     stacked_quant_linear=_reference_stacked_quant_linear,
-    fp8_linear=fp8_reference.fp8_linear,
+    fp8_linear=_reference_fp8_linear,
     prepare=lambda weights: None,
 )
 """Plain torch in float32: the CPU path."""

@@ -17,6 +17,8 @@ LARGEST = 448.0
 """Of e4m3 as the Open Compute Project specifies it (OFP8): four bits of exponent, no infinity."""
 LEAST_PEAK = 1e-10
 """A row whose largest magnitude is less becomes zeros, since its scale would have no reciprocal."""
+FP8_GROUP = 128
+"""Columns of activations that share a scale where the kernels that compute them round them."""
 NUM_SCALES = 8
 """That are tried per row of a matrix."""
 _MULTIPLE = 16
@@ -36,17 +38,40 @@ class Fp8Weight:
         return self.codes_NK.nbytes + self.scales_1N.nbytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Rows:
+    """Activations in e4m3."""
+
+    codes_TK: Tensor
+    """float8_e4m3fn, contiguous."""
+    scales_TG: Tensor
+    """float32, contiguous: one per token, or one per FP8_GROUP columns of it."""
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.scales_TG.shape[1] > 1
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, None]:
+        """Codes as bytes, scales and no sums, in the order in which kernels take rounded rows."""
+        return self.codes_TK.view(torch.uint8), self.scales_TG, None
+
+
 def has_fp8_shape(num_rows: int, num_columns: int) -> bool:
     """Whether scaled products take such a matrix: both sides are multiples of 16."""
     return num_rows % _MULTIPLE == 0 and num_columns % _MULTIPLE == 0
 
 
-def quantise_tokens(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to e4m3 [T, K], each by its own float32 scale [T, 1]; to nearest, ties to even."""
-    values_TK = x_TK.float()
-    peaks_T1 = values_TK.abs().amax(-1, keepdim=True).clamp(min=LEAST_PEAK)
-    scaled_TK = (values_TK * (LARGEST / peaks_T1)).clamp(-LARGEST, LARGEST)
-    return scaled_TK.to(torch.float8_e4m3fn), peaks_T1 * (1 / LARGEST)
+def quantise_tokens(x_TK: Tensor, group: int | None = None) -> Fp8Rows:
+    """Each row, or each so many columns of it, by the scale of its largest magnitude; to nearest,
+    ties to even."""
+    values_TGI = x_TK.float().unflatten(1, (-1, group or x_TK.shape[1]))
+    peaks_TG1 = values_TGI.abs().amax(-1, keepdim=True).clamp(min=LEAST_PEAK)
+    scaled_TGI = (values_TGI * (LARGEST / peaks_TG1)).clamp(-LARGEST, LARGEST)
+    return Fp8Rows(
+        codes_TK=scaled_TGI.to(torch.float8_e4m3fn).flatten(1),
+        scales_TG=peaks_TG1.squeeze(-1) * (1 / LARGEST),
+    )
 
 
 def quantise_rows(values_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +104,18 @@ def dequantise(weight: Fp8Weight) -> Tensor:
     return weight.codes_NK.float() * weight.scales_1N.t()
 
 
+def values_of_rows(x: Fp8Rows) -> Tensor:
+    """float32 [T, K]."""
+    values_TGI = x.codes_TK.float().unflatten(1, (x.scales_TG.shape[1], -1))
+    return (values_TGI * x.scales_TG.unsqueeze(-1)).flatten(1)
+
+
+def scaled_product(x: Fp8Rows, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
+    """x W^T + b [T, N] in float32."""
+    bias_N = None if bias_N is None else bias_N.float()
+    return functional.linear(values_of_rows(x), dequantise(weight), bias_N)
+
+
 def fp8_linear(x_TK: Tensor, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
     """x W^T + b [T, N] in x's type, with x rounded to e4m3 per token, summed in float32."""
-    codes_TK, scales_T1 = quantise_tokens(x_TK)
-    bias_N = None if bias_N is None else bias_N.float()
-    out_TN = functional.linear(codes_TK.float() * scales_T1, dequantise(weight), bias_N)
-    return out_TN.to(x_TK.dtype)
+    return scaled_product(quantise_tokens(x_TK), weight, bias_N).to(x_TK.dtype)

@@ -1,7 +1,8 @@
 """The small kernels between a decoder layer's products, one Triton launch each: norms and SwiGLU.
 
 Sums are float32 whatever the tensors are. Every function takes the place of its twin in
-reference.py and may write to a given output, and the output's bytes to given rounded rows.
+reference.py and may write to a given output, and the output rounded to bytes or to e4m3 to given
+rounded rows.
 
 Shapes: T tokens, D model dim, F feed-forward dim.
 """
@@ -22,6 +23,8 @@ from pipeserve.kernels.dependent_launch import (
     start_next_kernel,
     wait_for_inputs,
 )
+from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
+from pipeserve.kernels.fp8_tokens import store_e4m3
 from pipeserve.kernels.interleaved_rows import interleaved
 from pipeserve.kernels.quant_layout import UNIT
 from pipeserve.kernels.quant_reference import QuantisedRows
@@ -68,7 +71,12 @@ def rms_norm_kernel(
     inverse_rms = tl.rsqrt(tl.sum(x_D * x_D, 0) / dim + eps)
     out_D = (x_D * inverse_rms * weight_D).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * dim + dims_D, out_D, is_dim_D)
-    if codes_ptr is not None:
+    if codes_ptr is not None and sums_ptr is None:
+        store_e4m3(
+            out_D.to(tl.float32), codes_ptr + token * dim, scales_ptr + token * (dim // 128), 0,
+            dim, BLOCK_D,
+        )  # fmt: skip
+    elif codes_ptr is not None:
         store_rounded(
             out_D.to(tl.float32), codes_ptr + token * num_groups * 32,
             scales_ptr + token * num_groups, sums_ptr + token * num_groups * 2, 0, num_groups,
@@ -94,7 +102,12 @@ def swiglu_kernel(
     up_F = tl.load(gate_ptr_F + dim, is_feature_F, other=0.0).to(tl.float32)
     out_F = (gate_F / (1.0 + tl.exp(-gate_F)) * up_F).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * dim + features_F, out_F, is_feature_F)
-    if codes_ptr is not None:
+    if codes_ptr is not None and sums_ptr is None:
+        store_e4m3(
+            out_F.to(tl.float32), codes_ptr + token * dim, scales_ptr + token * (dim // 128),
+            tl.program_id(1) * BLOCK, dim, BLOCK,
+        )  # fmt: skip
+    elif codes_ptr is not None:
         store_rounded(
             out_F.to(tl.float32), codes_ptr + token * num_groups * 32,
             scales_ptr + token * num_groups, sums_ptr + token * num_groups * 2,
@@ -113,11 +126,11 @@ def rms_norm(
     *,
     dtype: torch.dtype | None = None,
     out_TD: Tensor | None = None,
-    rounded: QuantisedRows | None = None,
+    rounded: QuantisedRows | Fp8Rows | None = None,
     interleaved_TD: Tensor | None = None,
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, in dtype or x's own; to `rounded` the bytes of that, to
-    interleaved_TD the same in that order."""
+    """x / sqrt(mean(x^2) + eps) * weight, in dtype or x's own; to `rounded` that in bytes or e4m3,
+    to interleaved_TD the same in that order."""
     if out_TD is None:
         out_TD = torch.empty(x_TD.shape, dtype=dtype or x_TD.dtype, device=x_TD.device)
     _launch_norm(x_TD, None, weight_D, eps, out_TD, out_TD, rounded, interleaved_TD)
@@ -132,7 +145,7 @@ def add_rms_norm(
     *,
     out_TD: Tensor | None = None,
     sum_TD: Tensor | None = None,
-    rounded: QuantisedRows | None = None,
+    rounded: QuantisedRows | Fp8Rows | None = None,
     interleaved_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and x + residual itself in the residual's type.
@@ -150,7 +163,7 @@ def swiglu(
     gate_up_TF: Tensor,
     *,
     out_TF: Tensor | None = None,
-    rounded: QuantisedRows | None = None,
+    rounded: QuantisedRows | Fp8Rows | None = None,
     interleaved_TF: Tensor | None = None,
 ) -> Tensor:
     """silu(gate) * up of [T, 2F], whose first half is gate; `rounded` and interleaved_TF as for
@@ -186,12 +199,14 @@ def _num_groups(num_columns: int) -> int:
 
 
 def _pointers(
-    rounded: QuantisedRows | None, num_columns: int
+    rounded: QuantisedRows | Fp8Rows | None, num_columns: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What a kernel writes rounded rows to, if it does."""
     if rounded is None:
         return None, None, None
-    assert rounded.scales_TG.shape[1] == _num_groups(num_columns), "rounded rows do not fit"
+    is_e4m3 = isinstance(rounded, Fp8Rows)
+    num_groups = num_columns // FP8_GROUP if is_e4m3 else _num_groups(num_columns)
+    assert rounded.scales_TG.shape[1] == num_groups, "rounded rows do not fit"
     return rounded.tensors
 
 
@@ -202,7 +217,7 @@ def _launch_norm(
     eps: float,
     out_TD: Tensor,
     sum_TD: Tensor,
-    rounded: QuantisedRows | None,
+    rounded: QuantisedRows | Fp8Rows | None,
     interleaved_TD: Tensor | None,
 ) -> None:
     num_tokens, dim = x_TD.shape
@@ -211,7 +226,7 @@ def _launch_norm(
     assert out_TD.is_contiguous() and sum_TD.is_contiguous(), "outputs are contiguous"
     if num_tokens == 0:
         return
-    block = max(UNIT, triton.next_power_of_2(dim))
+    block = max(FP8_GROUP, triton.next_power_of_2(dim))
     rms_norm_kernel[(num_tokens,)](
         x_TD,
         x_TD if residual_TD is None else residual_TD,
@@ -234,6 +249,7 @@ def _launch_norm(
 
 _ROUNDED = {"codes_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i16"}
 _INTERLEAVED = {"interleaved_ptr": "*fp16"}
+_E4M3 = {"codes_ptr": "*u8", "scales_ptr": "*fp32"}
 
 
 def _norm_case(name: str, *, out: str, forms: dict[str, str]) -> AotCase:
@@ -275,7 +291,9 @@ AOT_CASES = (
     _norm_case("add_rms_norm", out="bf16", forms={}),
     _norm_case("add_rms_norm_rounded", out="fp16", forms=_ROUNDED),
     _norm_case("add_rms_norm_forms", out="fp16", forms=_ROUNDED | _INTERLEAVED),
+    _norm_case("add_rms_norm_e4m3", out="bf16", forms=_E4M3),
     _swiglu_case("swiglu", out="bf16", forms={}),
+    _swiglu_case("swiglu_e4m3", out="bf16", forms=_E4M3),
     _swiglu_case("swiglu_rounded", out="fp16", forms=_ROUNDED),
     _swiglu_case("swiglu_interleaved", out="fp16", forms=_INTERLEAVED),
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeserve.kernels.fp8_reference import Fp8Rows
 from pipeserve.kernels.quant_layout import PLANE_BYTES, UNIT, PlanarWeight
 
 ACTIVATION_GROUP = 32
@@ -45,6 +46,8 @@ class PreparedRows:
     """Of the values."""
     interleaved_TK: Tensor | None = None
     """The values as interleave_rows has them."""
+    e4m3: Fp8Rows | None = None
+    """Of the values."""
 
 
 LinearInput = Tensor | PreparedRows

@@ -20,6 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeserve.kernels.aot import AotCase
+from pipeserve.kernels.dependent_launch import (
+    launch_options,
+    start_next_kernel,
+    wait_for_inputs,
+)
 
 _SHARED_BYTES_ANYWHERE = 64 * 1024
 _BLOCK = 1024
@@ -54,8 +59,10 @@ def has_ptx(device: torch.device) -> bool:
 @triton.jit
 def sum_parts_kernel(
     parts, bias, out, num_values, num_rows, out_stride, num_parts: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_next_kernel(PDL)
+    wait_for_inputs(PDL)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < num_values
     total = tl.load(parts + index, mask=mask, other=0)
@@ -80,8 +87,9 @@ def sum_parts(
         out_TN = torch.empty((num_tokens, num_rows), dtype=out_dtype, device=parts_PTN.device)
     num_values = num_tokens * num_rows
     sum_parts_kernel[(triton.cdiv(num_values, _BLOCK),)](
-        parts_PTN, bias_N, out_TN, num_values, num_rows, out_TN.stride(0), num_parts, BLOCK=_BLOCK
-    )
+        parts_PTN, bias_N, out_TN, num_values, num_rows, out_TN.stride(0), num_parts,
+        BLOCK=_BLOCK, **launch_options(parts_PTN.device),
+    )  # fmt: skip
     return out_TN
 
 
@@ -93,7 +101,7 @@ AOT_CASES: tuple[AotCase, ...] = tuple(
             "parts": "*fp32", "bias": f"*{out}", "out": f"*{out}", "num_values": "i32",
             "num_rows": "i32", "out_stride": "i32",
         },
-        constexprs={"num_parts": 4, "BLOCK": _BLOCK},
+        constexprs={"num_parts": 4, "BLOCK": _BLOCK, "PDL": True},
     )
     for out in ("fp16", "bf16")
 )  # fmt: skip

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeserve.kernels import attention_decode, attention_prefill, fused, rotary
+from pipeserve.kernels import attention_decode, attention_prefill, fp8_tokens, fused, rotary
 from pipeserve.kernels.backend import Activations, Backend, BiasedWeight, WeightForm, Weights
-from pipeserve.kernels.fp8 import fp8_linear
+from pipeserve.kernels.fp8 import FEW_ROWS, fp8_linear
+from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
 from pipeserve.kernels.quant_dequant import dequantise
 from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_products import QuantProducts
 from pipeserve.kernels.quant_reference import (
+    ACTIVATION_GROUP,
     LinearInput,
     PreparedRows,
     QuantisedRows,
@@ -127,12 +129,18 @@ class FormsWanted:
     products: QuantProducts
     has_bytes: bool
     """Few rows as bytes."""
+    has_e4m3: bool = False
+    """Few rows as 8-bit floats, and none in another form."""
 
     def rooms(
         self, num_tokens: int, num_columns: int, device: torch.device
-    ) -> tuple[QuantisedRows | None, Tensor | None]:
-        """Bytes and interleaved rows to be written, where they are wanted."""
+    ) -> tuple[QuantisedRows | Fp8Rows | None, Tensor | None]:
+        """Rounded and interleaved rows to be written, where they are wanted."""
         rounded = interleaved_TK = None
+        if self.has_e4m3:
+            if num_tokens > FEW_ROWS or num_columns % FP8_GROUP:
+                return None, None
+            return fp8_tokens.empty_rows(num_tokens, num_columns, FP8_GROUP, device), None
         if self.has_bytes and num_tokens <= self.products.most_byte_rows(device):
             rounded = empty_rows(num_tokens, num_columns, device)
         if self.products.takes_interleaved(num_tokens, num_columns, device):
@@ -142,8 +150,10 @@ class FormsWanted:
 
 
 def _prepared(
-    values_TK: Tensor, rounded: QuantisedRows | None, interleaved_TK: Tensor | None
+    values_TK: Tensor, rounded: QuantisedRows | Fp8Rows | None, interleaved_TK: Tensor | None
 ) -> LinearInput:
+    if isinstance(rounded, Fp8Rows):
+        return PreparedRows(values_TK=values_TK, e4m3=rounded)
     if rounded is None and interleaved_TK is None:
         return values_TK
     return PreparedRows(values_TK=values_TK, rounded=rounded, interleaved_TK=interleaved_TK)
@@ -183,7 +193,8 @@ def paged_attention_decode(
     """attention_decode.paged_attention_decode."""
     num_seqs, num_heads, head_dim = q_SNH.shape
     rounded, interleaved_SK = forms.rooms(num_seqs, num_heads * head_dim, q_SNH.device)
-    if not attention_decode.rounds_output(num_heads, head_dim):
+    per_scale = FP8_GROUP if isinstance(rounded, Fp8Rows) else ACTIVATION_GROUP
+    if not attention_decode.rounds_output(num_heads, head_dim, per_scale):
         rounded = None
     out_SNH = attention_decode.paged_attention_decode(
         q_SNH, *places, **options, rounded=rounded, interleaved_SK=interleaved_SK
@@ -210,9 +221,16 @@ def gpu_backend(
         form: WeightForm = "planar" if weights == "quantised" else "both"
         return dataclasses.replace(backend, weight_form=form)
     assert activations == "auto", f"{weights} weights with {activations} activations"
+    backend = _dense_backend(products)
+    if weights == "bf16":
+        return dataclasses.replace(backend, weight_form="dense")
+    forms = FormsWanted(products=products, has_bytes=False, has_e4m3=True)
     return dataclasses.replace(
-        _dense_backend(products),
-        weight_form="dense" if weights == "bf16" else "fp8",
+        backend,
+        weight_form="fp8",
+        add_rms_norm=partial(add_rms_norm, forms),
+        swiglu=partial(swiglu, forms),
+        paged_attention_decode=partial(paged_attention_decode, forms),
     )
 
 
