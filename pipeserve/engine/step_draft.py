@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeserve.core.batch import MicroBatch, RowStart, StepMasks
+from pipeserve.core.batch import GivenTokens, IntArray, MicroBatch, RowStart, StepMasks
 from pipeserve.engine.sequence import Sequence
 
 
@@ -32,11 +32,22 @@ class StepDraft:
     starts: list[RowStart] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     """(row, column of the row's block table, block id)."""
+    samples_late: bool = False
+    """Whether rows with a chain are sampled late."""
 
     @property
     def chunks(self) -> list[Chunk]:
         """In the order of the micro-batch's rows."""
         return self.decode + self.prefill
+
+    @property
+    def sampled(self) -> list[Chunk]:
+        """Those of the chunks that sample."""
+        return [chunk for chunk in self.chunks if chunk.samples]
+
+    def is_late(self, chunk: Chunk) -> bool:
+        """Whether a chunk that samples does so behind the step."""
+        return self.samples_late and chunk.sequence.has_chain
 
     def add_start(self, sequence: Sequence) -> None:
         """A sequence begins in its row with this step."""
@@ -67,7 +78,7 @@ class StepDraft:
 
     def build(self, step_id: int) -> MicroBatch:
         """The message to the stages."""
-        chunks = self.chunks
+        chunks, sampled = self.chunks, self.sampled
         prefill_ids: list[int] = []
         for chunk in self.prefill:
             first = chunk.sequence.num_computed_tokens
@@ -91,8 +102,25 @@ class StepDraft:
             block_columns=blocks[:, 1],
             block_ids=blocks[:, 2],
             needs_step=max(awaited, default=None),
-            masks=_masks([chunk.sequence for chunk in chunks if chunk.samples]),
+            masks=_masks([chunk.sequence for chunk in sampled]),
+            late_seqs_L=_late_seqs([self.is_late(chunk) for chunk in sampled]),
+            given=_given([chunk.sequence for chunk in self.decode if chunk.sequence.is_late]),
         )
+
+
+def _late_seqs(is_late: list[bool]) -> IntArray | None:
+    return np.flatnonzero(is_late).astype(np.int32) if any(is_late) else None
+
+
+def _given(sequences: list[Sequence]) -> GivenTokens | None:
+    """Sequences whose newest token was sampled late and is known."""
+    if not sequences:
+        return None
+    assert all(sequence.num_in_flight == 0 for sequence in sequences), "a given token is known"
+    return GivenTokens(
+        rows_G=np.array([sequence.row for sequence in sequences], np.int32),
+        ids_G=np.array([sequence.token_ids[-1] for sequence in sequences], np.int32),
+    )
 
 
 def _masks(sampled: list[Sequence]) -> StepMasks | None:

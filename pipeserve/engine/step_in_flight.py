@@ -15,9 +15,11 @@ class StepInFlight:
 
     step_id: int
     sampling: tuple[tuple[Sequence, int], ...]
+    """Without the late ones."""
     work: StepWork
 
     @classmethod
     def of(cls, draft: StepDraft, *, step_id: int, work: StepWork) -> StepInFlight:
-        sampling = ((c.sequence, c.sequence.generation) for c in draft.chunks if c.samples)
-        return cls(step_id=step_id, sampling=tuple(sampling), work=work)
+        in_step = (c.sequence for c in draft.sampled if not draft.is_late(c))
+        sampling = tuple((sequence, sequence.generation) for sequence in in_step)
+        return cls(step_id=step_id, sampling=sampling, work=work)

@@ -21,6 +21,7 @@ from pipeserve.core.sampling import MAX_LOGPROBS, SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.runtime.cuda_graphs import StepGraphs
 from pipeserve.runtime.devices import gib
+from pipeserve.runtime.late_thread import LateAtOnce
 from pipeserve.runtime.stage_parts import StageParts
 
 MARGIN = 0.02
@@ -179,7 +180,8 @@ def measure_stage(parts: StageParts, facts: PipelineFacts) -> StageMemory:
     with torch.cuda.device(device), torch.inference_mode():
         before = _free_bytes(device)
         parts = parts.as_probe()
-        runner = parts.make_runner(graphs=None)
+        late_thread = LateAtOnce(stage=0, device=device, num_threads=1)
+        runner = parts.make_runner(None, late_thread if facts.samples_late else None)
         hidden_TD = parts.make_hidden(num_tokens)
         fewest_chunks = min(facts.num_rows, -(-num_tokens // facts.context_length))
         for num_chunks in (facts.num_rows, fewest_chunks):  # the second one for what it compiles
@@ -187,7 +189,7 @@ def measure_stage(parts: StageParts, facts: PipelineFacts) -> StageMemory:
             runner.run(step, None if hidden_TD is None else hidden_TD[: step.num_tokens])
         torch.cuda.synchronize(device)
         workspace_bytes = before - torch.cuda.mem_get_info(device)[0]
-        del runner, hidden_TD
+        del runner, late_thread, hidden_TD
         graph_bytes = _measure_graphs(parts)
     del parts
     _free_bytes(device)
@@ -227,7 +229,6 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         logit_bias=((0, 1.0),),
         num_logprobs=min(MAX_LOGPROBS, facts.vocab_size),
     )
-    # Half of the rows, or the only one, so that both kinds are met.
     chained = replace(
         plain,
         max_tokens=max(1, facts.context_length - int(num_tokens_S.max())),
@@ -240,6 +241,11 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
             dynatemp_range=0.5,
         ),
     )
+    assert chained.chain is not None, "it was given"
+    counted = replace(chained, chain=replace(chained.chain, penalty_window=None))
+    # The only row, or half of them, have a chain, so that both kinds are met.
+    kinds = [(plain, chained, plain, counted)[(row + num_chunks) % 4] for row in range(num_chunks)]
+    late = np.flatnonzero([kind.chain is not None for kind in kinds]).astype(np.int32)
     none = np.zeros(0, dtype=np.int32)
     return MicroBatch(
         step_id=0,
@@ -252,7 +258,7 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         starts=tuple(
             RowStart(
                 row=row,
-                sampling=chained if (row + num_chunks) % 2 else plain,
+                sampling=kinds[row],
                 token_ids=np.zeros(count, dtype=np.int32),
                 num_prompt_tokens=int(count),
             )
@@ -262,6 +268,7 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         block_columns=none,
         block_ids=none,
         needs_step=None,
+        late_seqs_L=late if facts.samples_late else None,
     )
 
 

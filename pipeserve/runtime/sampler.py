@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeserve.core.batch import IntArray, RowStart, StepMasks
+from pipeserve.core.batch import IntArray, MicroBatch, RowStart, StepMasks
 from pipeserve.core.constraint import num_words
 from pipeserve.core.sampler_chain import Dry, Mirostat, SamplerChain
 from pipeserve.core.sampling import SamplingParams
@@ -61,6 +61,11 @@ class Sampler:
             )
         if self._chains is not None:
             self._chains.start(start)
+
+    def sample_step(self, logits_SV: Tensor, batch: MicroBatch) -> Drawn:
+        """`sample` for the sampled rows of a step, none of which is late."""
+        assert batch.late_seqs_L is None, "this sampler samples in the step"
+        return self.sample(logits_SV, batch.sampled_rows, batch.sampled_positions, batch.masks)
 
     def sample(
         self,
