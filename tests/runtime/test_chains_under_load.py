@@ -27,44 +27,60 @@ def sampling(seed: int, **changes: object) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 12, "seed": seed, **changes})  # type: ignore[arg-type]
 
 
-def test_alone_as_in_a_crowd(tiny_path: Path) -> None:
+@pytest.mark.parametrize("samples_late", [False, True], ids=["in_step", "late"])
+@pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cpu")], ids=len)
+def test_alone_as_in_a_crowd(devices: tuple[str, ...], samples_late: bool, tiny_path: Path) -> None:
     rng = np.random.default_rng(1)
     crowd = [
         Prompt(
             token_ids=rng.integers(0, 12, 5 + index).tolist(),
-            sampling=sampling(index, **(ALL_CHAINS[index // 2] if index % 2 else {"top_p": 0.9})),
+            sampling=sampling(
+                index, **(ALL_CHAINS[index // 2] if index % 4 in {1, 2} else {"top_p": 0.9})
+            ),
         )
         for index in range(2 * len(ALL_CHAINS))
     ]
-    with running_driver(tiny_path, block_size=4, max_num_seqs=40) as driver:
+    with running_driver(
+        tiny_path, devices, samples_late=samples_late, block_size=4, max_num_seqs=40
+    ) as driver:
         together = driver.generate(crowd, Schedule(chunk_size=7))
+        num_late = driver.num_late
         alone = [driver.generate([prompt])[0] for prompt in crowd]
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    assert num_late == driver.num_late, "alone, all are sampled in the step"
+    assert (num_late > len(crowd)) == samples_late
 
 
+@pytest.mark.parametrize("samples_late", [False, True], ids=["in_step", "late"])
 def test_preempted_sequences_get_the_same_tokens(
-    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+    samples_late: bool, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine drops steps in flight and gives a sequence another row."""
-    mix = [sampling(0, **MIROSTAT), *(sampling(0, **changes) for changes in CHAINS.values())]
-    monkeypatch.setattr(random_load, "MIX", (mix[0], *mix, sampling(0)))
+    mix = [
+        sampling(0, **changes)
+        for chain in CHAINS.values()
+        for changes in (chain, {}, MIROSTAT, chain, {})
+    ]
+    monkeypatch.setattr(random_load, "MIX", tuple(mix))
     load = Load(
         phases=[Phase(num_live=3, max_prompt=20), Phase(num_live=9, max_prompt=8, least_output=30)],
         events_per_phase=40,
-        num_tokens=500,
+        num_tokens=1200,
         max_output=36,
     )
     with loaded_engine(
         tiny_path,
         ("cpu", "cpu"),
         record_every=10_000,
+        samples_late=samples_late,
         max_num_seqs=6,
         block_size=4,
-        kv_cache_bytes=40 * 2 * 4 * 2 * 8 * 4 * 2,  # 40 blocks of the larger stage's two layers
+        kv_cache_bytes=26 * 2 * 4 * 2 * 8 * 4 * 2,  # 26 blocks of the larger stage's two layers
         max_num_batched_tokens=24,
     ) as loaded:
         served = loaded.run(load)
         preempted = [s for s in served if len(s.admitted_lengths) > 1 and not s.is_aborted]
+        assert (loaded.watched.num_late > 100) == samples_late
         under_load = [list(sequence.token_ids) for sequence in preempted]
         alone = [loaded.run_alone(sequence) for sequence in preempted]
     assert any(s.sampling.chain and s.sampling.chain.mirostat for s in preempted)
