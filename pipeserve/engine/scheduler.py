@@ -8,14 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection
 
-from pipeserve.core.batch import (
-    IntArray,
-    LateOutput,
-    MicroBatch,
-    PipelineFacts,
-    StepLogprobs,
-    StepOutput,
-)
+from pipeserve.core.batch import LateOutput, MicroBatch, PipelineFacts, StepOutput
 from pipeserve.core.constraint import FreeRun, TextWatch, WordArray
 from pipeserve.engine.attention_cost import AttentionCost, StepWork
 from pipeserve.engine.block_pool import BlockPool
@@ -405,23 +398,20 @@ class Scheduler:
         assert step.step_id == output.step_id, "steps come back in order"
         if output.stage_spans:
             self._attention.note(step.work, max(span.length_s for span in output.stage_spans))
-        return self._take_tokens(step.sampling, output.token_ids, output.logprobs)
+        return self._take_tokens(step.sampling, output)
 
     def update_late(self, output: LateOutput) -> TokenEvents:
         """The same of what was sampled late."""
-        owed = self._late_rows.take(output.step_id)
-        return self._take_tokens(owed, output.token_ids, output.logprobs)
+        return self._take_tokens(self._late_rows.take(output.step_id), output)
 
-    def _take_tokens(
-        self, owed: Owed, token_ids: IntArray, logprobs: StepLogprobs | None
-    ) -> TokenEvents:
-        assert len(owed) == len(token_ids), "one token per sampling row"
-        events = EventDraft(logprobs)
+    def _take_tokens(self, owed: Owed, output: StepOutput | LateOutput) -> TokenEvents:
+        assert len(owed) == len(output.token_ids), "one token per sampling row"
+        events = EventDraft(output.logprobs)
         served: Counter[str] = Counter()
         for index, (sequence, generation) in enumerate(owed):
             if sequence.generation != generation:  # it ended or was preempted meanwhile
                 continue
-            token_id = int(token_ids[index])
+            token_id = int(output.token_ids[index])
             served[sequence.admission.account] += 1
             if sequence.watched is not None:
                 is_text = token_id not in sequence.sampling.stop_token_ids

@@ -15,7 +15,7 @@ class StepInFlight:
 
     step_id: int
     sampling: tuple[tuple[Sequence, int], ...]
-    """Without the late ones."""
+    """But for the late ones."""
     work: StepWork
 
     @classmethod
