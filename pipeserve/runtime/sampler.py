@@ -85,7 +85,10 @@ class Sampler:
             if adjusted_SV is logits_SV:
                 adjusted_SV = logits_SV.clone()
             self._kernels.apply_masks(adjusted_SV, *upload_masks(masks, self._device))
-        ids_S = self._draw(adjusted_SV, step)
+        if self._chains is not None and self._chains.draws_all(rows_S):
+            ids_S = torch.empty(len(rows_S), dtype=torch.int64, device=self._device)
+        else:
+            ids_S = self._draw(adjusted_SV, step)
         if self._chains is not None:
             self._chains.sample(adjusted_SV, ids_S, rows_S, positions_S)
         if penalties is not None:
