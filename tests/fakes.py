@@ -308,7 +308,8 @@ class FakePipeline:
     """FakeStages on a thread of their own, with the interface that the engine expects.
 
     Every step takes `step_s`. Tests may make it fail (`fail_at_step`) or block for ever
-    (`block_at_step`), and may hold it (`gate.clear()`) and let it go on (`gate.set()`).
+    (`block_at_step`; `blocks_late`: late rows alone), and may hold it (`gate.clear()`) and let it
+    go on (`gate.set()`).
     """
 
     def __init__(
@@ -321,6 +322,7 @@ class FakePipeline:
         step_s: float = 0.0,
         fail_at_step: int | None = None,
         block_at_step: int | None = None,
+        blocks_late: bool = False,
     ) -> None:
         self.facts = facts
         self._post = post
@@ -328,6 +330,7 @@ class FakePipeline:
         self._step_s = step_s
         self._fail_at_step = fail_at_step
         self._block_at_step = block_at_step
+        self._blocks_late = blocks_late
         self.gate = threading.Event()
         self.gate.set()
         self._inbox: queue.SimpleQueue[MicroBatch | None] = queue.SimpleQueue()
@@ -361,5 +364,5 @@ class FakePipeline:
                 output = self._stages.advance(index)
             assert output is not None
             self._post(output)
-            while self._stages.num_late:
+            while self._stages.num_late and not self._blocks_late:
                 self._post(self._stages.take_late())

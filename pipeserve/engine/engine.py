@@ -91,6 +91,7 @@ class Engine:
         self._timer = SequenceTimer(pipeline.facts)
         self._started_s = time.monotonic()
         self._last_progress_s = self._started_s
+        self._last_late_s = self._started_s
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -125,13 +126,16 @@ class Engine:
         """Wait for the next thing to happen, but not past the moment a stage counts as stuck."""
         if not self._scheduler.is_owed:
             return self._inbox.get()
-        patience_s = self._last_progress_s + self._stage_timeout_s - time.monotonic()
+        since_s, awaited = self._last_progress_s, "step"
+        if self._scheduler.has_late_in_flight and self._last_late_s < since_s:
+            since_s, awaited = self._last_late_s, "late token"  # steps may well go on
+        patience_s = since_s + self._stage_timeout_s - time.monotonic()
         try:
             return self._inbox.get(timeout=max(0.0, patience_s))
         except queue.Empty:
             raise _EngineEnd(
                 EngineFailed(
-                    error=f"no step came back for {self._stage_timeout_s:g} s "
+                    error=f"no {awaited} came back for {self._stage_timeout_s:g} s "
                     f"(stage_timeout_s): {self._pipeline.describe_stall()}",
                     stalled=True,
                 )
@@ -150,7 +154,7 @@ class Engine:
             case StepOutput():
                 self._take_output(item)
             case LateOutput():
-                self._last_progress_s = time.monotonic()
+                self._last_progress_s = self._last_late_s = time.monotonic()
                 self._tell(self._scheduler.update_late(item))
             case MasksReady():
                 self._take_masks(item)
@@ -252,10 +256,14 @@ class Engine:
 
     def _submit(self) -> None:
         was_idle = not self._scheduler.is_owed
+        has_late = self._scheduler.has_late_in_flight
         while (batch := self._scheduler.schedule()) is not None:
             if was_idle:  # patience starts with the first step after a rest
                 self._last_progress_s = time.monotonic()
                 was_idle = False
+            if batch.late_seqs_L is not None and not has_late:
+                self._last_late_s = time.monotonic()
+                has_late = True
             self._recorder.note_submitted(batch, time.monotonic())
             self._timer.note_submitted(batch)
             self._pipeline.submit(batch)

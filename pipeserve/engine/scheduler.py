@@ -110,9 +110,14 @@ class Scheduler:
         return bool(self._in_flight)
 
     @property
+    def has_late_in_flight(self) -> bool:
+        """Whether late tokens are to come."""
+        return len(self._late_rows) > 0
+
+    @property
     def is_owed(self) -> bool:
         """Whether anything is to come from the pipeline."""
-        return bool(self._in_flight) or len(self._late_rows) > 0
+        return self.has_steps_in_flight or self.has_late_in_flight
 
     def tell_time(self, now_s: float) -> None:
         """What the clock says; sequences that arrive are taken to arrive now."""

@@ -176,32 +176,24 @@ class Pipeline:
 
     def describe_stall(self) -> str:
         """Which stage is busy with which step, and for how long; for an error message."""
-        now_s = time.monotonic()
-        busy = [(stage, stage.activity) for stage in self._stages]
-        running = [(activity.since_s, stage, activity) for stage, activity in busy if activity]
-        if not running:
-            return self._describe_awaited(now_s)
-        since_s, stage, activity = min(running, key=lambda item: item[0])
-        return (
-            f"stage {stage.index} ({stage.device}) has been computing step {activity.step_id} "
-            f"for {now_s - since_s:.1f} s"
-        )
-
-    def _describe_awaited(self, now_s: float) -> str:
-        """Stages on GPUs only launch: one that hangs is seen where its results are waited for."""
-        awaited = None if self._collector is None else self._collector.awaited
-        if awaited is None:
-            return self._describe_late(now_s)
-        return (
-            f"step {awaited.step_id} was launched on every stage and has not come back for "
-            f"{now_s - awaited.since_s:.1f} s"
-        )
-
-    def _describe_late(self, now_s: float) -> str:
-        since_s = None if self._late_thread is None else self._late_thread.busy_since_s
-        if since_s is None:
+        activities = [(stage, stage.activity) for stage in self._stages]
+        busy = [
+            (now.since_s, f"{stage.name} has been computing step {now.step_id}")
+            for stage, now in activities
+            if now is not None
+        ]
+        # Stages on GPUs only launch: one that hangs is seen where its results are waited for.
+        awaited = None if busy or self._collector is None else self._collector.awaited
+        if awaited is not None:
+            what = f"step {awaited.step_id} was launched on every stage and has not come back"
+            busy.append((awaited.since_s, what))
+        late_s = None if self._late_thread is None else self._late_thread.busy_since_s
+        if late_s is not None:
+            busy.append((late_s, "rows with a chain of samplers have been sampled"))
+        if not busy:
             return "no stage is computing; all wait for work"
-        return f"rows with a chain of samplers have been sampled for {now_s - since_s:.1f} s"
+        since_s, what = min(busy)
+        return f"{what} for {time.monotonic() - since_s:.1f} s"
 
     def _end_stages(self) -> None:
         for link in self._links:

@@ -82,6 +82,11 @@ class Stage:
         self.thread = threading.Thread(target=self._main, name=f"stage-{index}", daemon=True)
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return f"stage {self.index} ({self.device})"
+
+    @property
     def activity(self) -> Activity | None:
         """What the stage computes now, None while it waits. May be read from any thread."""
         return self._activity

@@ -14,6 +14,7 @@ from pipeserve.core.sampler_chain import SamplerChain
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.scheduler import Scheduler
 from pipeserve.engine.sequence import Sequence, SequenceStatus
+from pipeserve.errors import StageStalledError
 from tests.engine.running import running_engine
 from tests.engine.scheduling import assert_right, fill, run_step, sequence
 from tests.engine.test_engine import collect
@@ -238,6 +239,20 @@ async def test_the_engine_on_a_pipeline_that_samples_late() -> None:
             assert token_ids == expected_tokens(prompt, sampling)
         stats = await running.client.stats()
         assert stats.num_free_blocks == stats.num_blocks
+
+
+async def test_late_tokens_that_never_come_are_noticed_though_steps_go_on() -> None:
+    options = {"step_s": 0.002, "blocks_late": True, "stage_timeout_s": 0.2}
+    async with running_engine(
+        pipeline_facts=facts(samples_late=True, num_blocks=8192, context_length=32768), **options
+    ) as running:
+        plain = SamplingParams(max_tokens=30_000, seed=0)
+        jobs = [
+            running.client.generate((1,), each) for each in (plain, replace(plain, chain=CHAIN))
+        ]
+        results = await asyncio.gather(*map(collect, jobs), return_exceptions=True)
+        assert all(isinstance(result, StageStalledError) for result in results)
+        assert "no late token came back for 0.2 s" in str(results[0])
 
 
 @pytest.mark.parametrize("samples_late", [False, True])
