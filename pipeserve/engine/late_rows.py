@@ -22,6 +22,8 @@ class LateRows:
     def __init__(self, *, is_used: bool) -> None:
         """is_used: as PipelineFacts.samples_late."""
         self._is_used = is_used
+        self._has_chains = False
+        """Whether any sequence ever had one: before, nothing need be looked for."""
         self._owed: dict[int, Owed] = {}
         self.is_on = False
         """Whether rows with a chain are late in the step that is being planned."""
@@ -30,9 +32,12 @@ class LateRows:
         """Steps whose late tokens have not come."""
         return len(self._owed)
 
+    def note_arrival(self, sequence: Sequence) -> None:
+        self._has_chains |= self._is_used and sequence.has_chain
+
     def begin_step(self, running: Iterable[Sequence]) -> None:
         """Whoever decodes without a chain must not wait for one, in whichever cohort that is."""
-        self.is_on = self._is_used and any(
+        self.is_on = self._has_chains and any(
             sequence.sampling.chain is None and sequence.is_decoding for sequence in running
         )
 
@@ -44,18 +49,18 @@ class LateRows:
         """All is planned. A prompt that ends in this step may be of the first sequence without a
         chain: then those that looked ahead wait for the next step, since tokens that are sampled
         in the step and late ones of one sequence could come in the wrong order."""
-        if self._is_used and not self.is_on:
-            self.is_on = any(
-                chunk.samples and not chunk.sequence.has_chain for chunk in draft.prefill
-            )
-            if self.is_on:
-                draft.decode = [c for c in draft.decode if c.sequence.num_in_flight == 0]
-        draft.samples_late = self.is_on
+        if not self._has_chains:
+            return
+        if not self.is_on and any(c.samples and not c.sequence.has_chain for c in draft.prefill):
+            self.is_on = True
+            draft.decode = [c for c in draft.decode if c.sequence.num_in_flight == 0]
+        if self.is_on:
+            draft.late = {sequence for sequence in draft.sampling if sequence.has_chain}
 
     def expect(self, step_id: int, draft: StepDraft) -> None:
         """A step was submitted."""
-        late = [chunk.sequence for chunk in draft.sampled if draft.is_late(chunk)]
-        if late:
+        if draft.late:
+            late = (sequence for sequence in draft.sampling if sequence in draft.late)
             self._owed[step_id] = tuple((sequence, sequence.generation) for sequence in late)
 
     def take(self, step_id: int) -> Owed:

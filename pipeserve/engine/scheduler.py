@@ -129,6 +129,7 @@ class Scheduler:
         assert (
             sequence.num_prompt_tokens + sequence.sampling.max_tokens <= self.facts.context_length
         ), "prompt and output fit the context"
+        self._late_rows.note_arrival(sequence)
         self._parking.pass_by(sequence, self._line.arrive)
 
     def watch(self, sequence: Sequence, watch: TextWatch) -> None:
@@ -386,7 +387,7 @@ class Scheduler:
             if chunk.samples:
                 sequence.num_in_flight += 1
                 sequence.last_sample_step = step_id
-                sequence.is_late = draft.is_late(chunk)
+                sequence.is_late = sequence in draft.late
                 if sequence.cohort is None:
                     self._cohorts.join(sequence)
         for chunk in draft.prefill:

@@ -32,8 +32,8 @@ class StepDraft:
     starts: list[RowStart] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     """(row, column of the row's block table, block id)."""
-    samples_late: bool = False
-    """Whether rows with a chain are sampled late."""
+    late: set[Sequence] = field(default_factory=set)
+    """Of those that sample, who does so behind the step."""
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -41,13 +41,9 @@ class StepDraft:
         return self.decode + self.prefill
 
     @property
-    def sampled(self) -> list[Chunk]:
-        """Those of the chunks that sample."""
-        return [chunk for chunk in self.chunks if chunk.samples]
-
-    def is_late(self, chunk: Chunk) -> bool:
-        """Whether a chunk that samples does so behind the step."""
-        return self.samples_late and chunk.sequence.has_chain
+    def sampling(self) -> list[Sequence]:
+        """Those that sample, in the order of the micro-batch's rows."""
+        return [chunk.sequence for chunk in self.chunks if chunk.samples]
 
     def add_start(self, sequence: Sequence) -> None:
         """A sequence begins in its row with this step."""
@@ -78,7 +74,7 @@ class StepDraft:
 
     def build(self, step_id: int) -> MicroBatch:
         """The message to the stages."""
-        chunks, sampled = self.chunks, self.sampled
+        chunks, sampling = self.chunks, self.sampling
         prefill_ids: list[int] = []
         for chunk in self.prefill:
             first = chunk.sequence.num_computed_tokens
@@ -102,14 +98,16 @@ class StepDraft:
             block_columns=blocks[:, 1],
             block_ids=blocks[:, 2],
             needs_step=max(awaited, default=None),
-            masks=_masks([chunk.sequence for chunk in sampled]),
-            late_seqs_L=_late_seqs([self.is_late(chunk) for chunk in sampled]),
+            masks=_masks(sampling),
+            late_seqs_L=_late_seqs(sampling, self.late),
             given=_given([chunk.sequence for chunk in self.decode if chunk.sequence.is_late]),
         )
 
 
-def _late_seqs(is_late: list[bool]) -> IntArray | None:
-    return np.flatnonzero(is_late).astype(np.int32) if any(is_late) else None
+def _late_seqs(sampling: list[Sequence], late: set[Sequence]) -> IntArray | None:
+    if not late:
+        return None
+    return np.array([at for at, sequence in enumerate(sampling) if sequence in late], np.int32)
 
 
 def _given(sequences: list[Sequence]) -> GivenTokens | None:

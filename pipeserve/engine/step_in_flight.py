@@ -20,6 +20,5 @@ class StepInFlight:
 
     @classmethod
     def of(cls, draft: StepDraft, *, step_id: int, work: StepWork) -> StepInFlight:
-        in_step = (c.sequence for c in draft.sampled if not draft.is_late(c))
-        sampling = tuple((sequence, sequence.generation) for sequence in in_step)
-        return cls(step_id=step_id, sampling=sampling, work=work)
+        sampling = ((each, each.generation) for each in draft.sampling if each not in draft.late)
+        return cls(step_id=step_id, sampling=tuple(sampling), work=work)

@@ -59,7 +59,9 @@ class LateSampler:
         have a chain or none has."""
         if batch.late_seqs_L is not None:
             return self._sample_late(logits_SV, batch, batch.late_seqs_L)
-        num_chained = len(self._chained_rows.intersection(batch.sampled_rows.tolist()))
+        num_chained = 0
+        if self._chained_rows:
+            num_chained = len(self._chained_rows.intersection(batch.sampled_rows.tolist()))
         if num_chained > 0:
             assert num_chained == len(logits_SV), "a chain holds up no row without one"
             return self._sample_chained(logits_SV, batch)

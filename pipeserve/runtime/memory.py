@@ -184,8 +184,13 @@ def measure_stage(parts: StageParts, facts: PipelineFacts) -> StageMemory:
         runner = parts.make_runner(None, late_thread if facts.samples_late else None)
         hidden_TD = parts.make_hidden(num_tokens)
         fewest_chunks = min(facts.num_rows, -(-num_tokens // facts.context_length))
-        for num_chunks in (facts.num_rows, fewest_chunks):  # the second one for what it compiles
-            step = dearest_step(facts, num_chunks=num_chunks)
+        # The last one for what it compiles.
+        for num_chunks, chained_every in (
+            (facts.num_rows, 2),
+            (facts.num_rows, 1),
+            (fewest_chunks, 2),
+        ):
+            step = dearest_step(facts, num_chunks=num_chunks, chained_every=chained_every)
             runner.run(step, None if hidden_TD is None else hidden_TD[: step.num_tokens])
         torch.cuda.synchronize(device)
         workspace_bytes = before - torch.cuda.mem_get_info(device)[0]
@@ -214,9 +219,12 @@ def _measure_graphs(parts: StageParts) -> int:
     return before - between + each * (len(shapes) - len(largest))
 
 
-def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
+def dearest_step(facts: PipelineFacts, *, num_chunks: int, chained_every: int = 2) -> MicroBatch:
     """As many tokens as a micro-batch and so many rows hold, of rows that all sample with
-    everything that costs memory. Every row writes to the same KV block."""
+    everything that costs memory. Every row writes to the same KV block.
+
+    chained_every: one of so many rows has a chain of samplers, and so has the only one.
+    """
     num_tokens = min(facts.max_batch_tokens, num_chunks * facts.context_length)
     num_tokens_S = np.full(num_chunks, num_tokens // num_chunks, dtype=np.int32)
     num_tokens_S[: num_tokens % num_chunks] += 1
@@ -243,8 +251,12 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
     )
     assert chained.chain is not None, "it was given"
     counted = replace(chained, chain=replace(chained.chain, penalty_window=None))
-    # The only row, or half of them, have a chain, so that both kinds are met.
-    kinds = [(plain, chained, plain, counted)[(row + num_chunks) % 4] for row in range(num_chunks)]
+    kinds = [
+        (chained, counted)[row // chained_every % 2]
+        if (row + num_chunks) % chained_every == chained_every - 1
+        else plain
+        for row in range(num_chunks)
+    ]
     late = np.flatnonzero([kind.chain is not None for kind in kinds]).astype(np.int32)
     none = np.zeros(0, dtype=np.int32)
     return MicroBatch(
