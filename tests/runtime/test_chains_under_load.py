@@ -99,7 +99,7 @@ def test_preempted_sequences_get_the_same_tokens(samples_late: bool, tiny_path: 
     ) as loaded:
         served = loaded.run(LOAD)
         preempted = [s for s in served if len(s.admitted_lengths) > 1 and not s.is_aborted]
-        assert (loaded.watched.num_late > 100) == samples_late
+        assert (loaded.watched.num_late > 50) == samples_late
         under_load = [list(sequence.token_ids) for sequence in preempted]
         alone = [loaded.run_alone(sequence) for sequence in preempted]
     assert any(s.sampling.chain and s.sampling.chain.mirostat for s in preempted)
@@ -136,7 +136,7 @@ def test_late_tokens_under_load_are_drawn_from_their_logits(
         **blocks,
     ) as loaded:
         served = [each for each in loaded.run(LOAD) if each.token_ids]
-        assert loaded.watched.num_late > 100
+        assert loaded.watched.num_late > 50
     preempted = [each for each in served if len(each.admitted_lengths) > 1]
     assert any(each.sampling.chain for each in preempted)
     for each in served:

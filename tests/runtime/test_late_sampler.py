@@ -278,7 +278,7 @@ def test_a_pipeline_draws_what_its_logits_say(
         schedule = Schedule(num_cohorts=num_stages, chunk_size=64)
         with recorded_logits(logits):
             results = driver.generate(prompts, schedule)
-        assert driver.num_late > 100
+        assert driver.num_late > 2 * len(prompts) // 3, "not their first tokens alone"
     for index, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         row = facts.num_rows - 1 - index
         assert result.token_ids == drawn_alone(prompt, row, logits, device), prompt.sampling
