@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeserve.core.batch import (
+    LateOutput,
     MicroBatch,
     PipelineFacts,
     PromptLogprobs,
@@ -118,6 +119,8 @@ class FakeStages:
         ]
         self._token_pool: dict[int, int] = {}
         self._starts: dict[int, RowStart] = {}
+        self._late: deque[LateOutput] = deque()
+        self._late_tokens: dict[int, int] = {}
         self._last_done = -1
         self._next_step_id = 0
 
@@ -158,7 +161,21 @@ class FakeStages:
             return None
         return self._sample(batch, histories)
 
+    @property
+    def num_late(self) -> int:
+        """Steps whose late rows can be sampled now."""
+        return len(self._late)
+
+    def take_late(self) -> LateOutput:
+        """Sample the late rows of the oldest step that has some."""
+        return self._late.popleft()
+
     def _embed(self, batch: MicroBatch) -> list[list[int]]:
+        if batch.given is not None:
+            given = zip(batch.given.rows_G.tolist(), batch.given.ids_G.tolist(), strict=True)
+            for row, token_id in given:
+                assert token_id == self._late_tokens.pop(row), "what was sampled is given"
+                self._token_pool[row] = token_id
         ids = [[self._token_pool[row]] for row in batch.rows_S[: batch.num_decode_rows].tolist()]
         first = 0
         for count in batch.num_tokens_S[batch.num_decode_rows :].tolist():
@@ -169,7 +186,7 @@ class FakeStages:
     def _sample(self, batch: MicroBatch, histories: list[list[int]]) -> StepOutput:
         for start in batch.starts:
             self._starts[start.row] = start
-        token_ids = []
+        token_ids: list[int] = []
         num_logprobs: list[int | None] = []
         rows = batch.rows_S.tolist()
         masks = allowed_tokens(batch)
@@ -183,6 +200,22 @@ class FakeStages:
                 self._token_pool[row] = token_ids[-1]
                 num_logprobs.append(sampling.num_logprobs)
         self._last_done = batch.step_id
+        late = [] if batch.late_seqs_L is None else batch.late_seqs_L.tolist()
+        sampled_rows = batch.sampled_rows.tolist()
+        check_late(late, [self._starts[row].sampling for row in sampled_rows], self.facts)
+        for seq in late:  # no step may find them before they are given
+            self._late_tokens[sampled_rows[seq]] = self._token_pool.pop(sampled_rows[seq])
+        if late:
+            ids, counts = ([each[seq] for seq in late] for each in (token_ids, num_logprobs))
+            self._late.append(
+                LateOutput(
+                    step_id=batch.step_id,
+                    token_ids=np.array(ids, np.int32),
+                    logprobs=_logprobs(ids, counts),  # type: ignore[arg-type]
+                )
+            )
+        for seq in reversed(late):
+            del token_ids[seq], num_logprobs[seq]
         return StepOutput(
             step_id=batch.step_id,
             token_ids=np.array(token_ids, np.int32),
@@ -237,6 +270,14 @@ def check_masks(batch: MicroBatch, facts: PipelineFacts) -> None:
         assert allowed[-1] < facts.vocab_size, "a mask allows tokens that exist"
 
 
+def check_late(late: list[int], sampled: list[SamplingParams], facts: PipelineFacts) -> None:
+    """Late are rows with a chain, and where a step has both kinds, all of them."""
+    assert facts.samples_late or not late
+    chained = [seq for seq, sampling in enumerate(sampled) if sampling.chain is not None]
+    if facts.samples_late and (late or len(chained) < len(sampled)):
+        assert late == chained
+
+
 def check_batch(batch: MicroBatch, facts: PipelineFacts) -> None:
     """Assert what every pipeline may rely on."""
     assert 0 < batch.num_tokens <= facts.max_batch_tokens
@@ -267,19 +308,21 @@ class FakePipeline:
     """FakeStages on a thread of their own, with the interface that the engine expects.
 
     Every step takes `step_s`. Tests may make it fail (`fail_at_step`) or block for ever
-    (`block_at_step`), and may hold it (`gate.clear()`) and let it go on (`gate.set()`).
+    (`block_at_step`; `blocks_late`: late rows alone), and may hold it (`gate.clear()`) and let it
+    go on (`gate.set()`).
     """
 
     def __init__(
         self,
         facts: PipelineFacts,
-        post: Callable[[StepOutput | StageFailure], None],
+        post: Callable[[StepOutput | LateOutput | StageFailure], None],
         *,
         next_token: NextToken = checksum_token,
         pick: Pick | None = None,
         step_s: float = 0.0,
         fail_at_step: int | None = None,
         block_at_step: int | None = None,
+        blocks_late: bool = False,
     ) -> None:
         self.facts = facts
         self._post = post
@@ -287,6 +330,7 @@ class FakePipeline:
         self._step_s = step_s
         self._fail_at_step = fail_at_step
         self._block_at_step = block_at_step
+        self._blocks_late = blocks_late
         self.gate = threading.Event()
         self.gate.set()
         self._inbox: queue.SimpleQueue[MicroBatch | None] = queue.SimpleQueue()
@@ -320,3 +364,5 @@ class FakePipeline:
                 output = self._stages.advance(index)
             assert output is not None
             self._post(output)
+            while self._stages.num_late and not self._blocks_late:
+                self._post(self._stages.take_late())

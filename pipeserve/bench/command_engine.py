@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeserve.arguments import HTTP_OPTIONS, add_options, count, counts
 from pipeserve.bench.arrivals import Lengths
+from pipeserve.bench.chained import CHAINS, Chained
 from pipeserve.bench.policies import OURS, POLICIES
 from pipeserve.bench.workload import make_workload, missing_options
 from pipeserve.config import Config, load_config
@@ -27,6 +28,7 @@ Lengths are a number (512), some of equal chance (64,2048) or a range (64-8192, 
 examples:
   pipeserve bench engine --shape llama-8b --batch 1,8,32 --prompt 512 --output 128
   pipeserve bench engine --shape llama-8b --batch 1,32,128 --profile
+  pipeserve bench engine --shape llama-8b --batch 80 --samplers dry:16
   pipeserve bench engine --shape llama-8b --devices cuda:0,cuda:1 --clients 512 --json
   pipeserve bench engine --shape llama-8b --prompt 64-8192 --clients 128 --policy plain
   pipeserve bench engine --model demo --devices cpu,cpu --batch 1,8"""
@@ -46,6 +48,11 @@ def add_engine(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--prompt", default="512", metavar="LENGTHS", help="prompt tokens. Default: 512.")
     add("--output", default="128", metavar="LENGTHS", help="output tokens. Default: 128.")
     add("--shared", type=count, default=0, metavar="N", help="so many begin all prompts alike")
+    add(
+        "--samplers",
+        metavar="NAME:N",
+        help=f"so many of a batch are drawn by a chain of samplers: {', '.join(CHAINS)}",
+    )
     load = engine.add_mutually_exclusive_group()
     load.add_argument(
         "--batch",
@@ -134,6 +141,7 @@ def run_engine(parsed: argparse.Namespace) -> int:
         num_requests=parsed.requests,
         rate_per_s=parsed.poisson,
         num_shared_tokens=parsed.shared,
+        chained=None if parsed.samplers is None else Chained.parse(parsed.samplers),
     )
     if parsed.profile:
         traced = tuple(load.num_concurrent for load in workload.loads if load.num_concurrent)

@@ -115,6 +115,11 @@ def _check_recording(path: Path, workload: Workload) -> None:
             f"shared is {workload.num_shared_tokens}, but a record does not tell which prompts "
             "begin alike; leave record or shared out"
         )
+    if workload.chained is not None:
+        raise ConfigError(
+            "samplers are given, but a record does not tell which sequences they draw; leave "
+            "record or samplers out"
+        )
     check_record(path)
 
 

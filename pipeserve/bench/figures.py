@@ -67,8 +67,11 @@ class Figures:
     """From a sequence's submission to its first token."""
     ttft_p99_ms: float
     itl_p50_ms: float | None
-    """Between two tokens of a sequence."""
+    """Between two tokens of a sequence without a chain of samplers."""
     itl_p99_ms: float | None
+    chained_itl_p50_ms: float | None
+    """Of those with one."""
+    chained_itl_p99_ms: float | None
     stage_busy: tuple[float, ...]
     """Share of the time that each stage worked, in the phase of decode_tokens_per_s; where there
     is none, in the whole run."""
@@ -84,12 +87,14 @@ def make_figures(recording: Recording, load: Load, costs: ModelCosts) -> Figures
     """The figures of one run of a workload."""
     times = _token_times(recording)
     ttft_s = [times[seq_id][0] - at_s for seq_id, at_s in recording.submitted_s.items()]
-    gaps_s = np.concatenate([np.diff(of_one) for of_one in times.values()])
+    plain, chained = (times.keys() - recording.chained, recording.chained)
+    itl_ms, chained_itl_ms = (_itl_ms([times[each] for each in ids]) for ids in (plain, chained))
     whole = _Phase.between(recording, Moment.BEGIN, Moment.END)
     is_batch = isinstance(load, Batch)
     last = Moment.END if is_batch else Moment.ALL_SUBMITTED
     decode = _Phase.between(recording, Moment.ALL_STARTED, last)
-    full = _full_batch_steps(decode, times) if is_batch else []
+    # Late tokens come apart from those of their steps.
+    full = _full_batch_steps(decode, times) if is_batch and not recording.chained else []
     full_s = full[-1].time_s - decode.first.time_s if full else 0.0
     requests = recording.requests
     prefill_s, prompts = _prefilled(whole if is_batch else decode, times, requests)
@@ -104,8 +109,10 @@ def make_figures(recording: Recording, load: Load, costs: ModelCosts) -> Figures
         total_tokens_per_s=num_tokens / whole.duration_s,
         ttft_p50_ms=_percentile_ms(ttft_s, 50),
         ttft_p99_ms=_percentile_ms(ttft_s, 99),
-        itl_p50_ms=_percentile_ms(gaps_s, 50) if len(gaps_s) else None,
-        itl_p99_ms=_percentile_ms(gaps_s, 99) if len(gaps_s) else None,
+        itl_p50_ms=itl_ms[0],
+        itl_p99_ms=itl_ms[1],
+        chained_itl_p50_ms=chained_itl_ms[0],
+        chained_itl_p99_ms=chained_itl_ms[1],
         stage_busy=(decode if decode.steps else whole).stage_busy,
         num_preemptions=whole.last.stats.num_preemptions - whole.first.stats.num_preemptions,
         decode_bytes_per_s=_bytes_read(full, times, requests, costs) / full_s if full else None,
@@ -194,6 +201,14 @@ def _bytes_read(
 def _prefill_flops(prompts: Iterable[int], costs: ModelCosts) -> float:
     """Of prompts with so many tokens: each attends to all before it and to itself."""
     return sum(n * (costs.token_flops + costs.position_flops * (n + 1) / 2) for n in prompts)
+
+
+def _itl_ms(times: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
+    """p50 and p99 between two tokens of a sequence."""
+    gaps_s = np.concatenate([np.zeros(0), *(np.diff(of_one) for of_one in times)])
+    if len(gaps_s) == 0:
+        return None, None
+    return _percentile_ms(gaps_s, 50), _percentile_ms(gaps_s, 99)
 
 
 def _percentile_ms(values_s: Sequence[float] | npt.NDArray[np.float64], percent: float) -> float:

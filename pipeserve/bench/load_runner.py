@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipeserve.bench.arrivals import Lengths, Request
+from pipeserve.bench.chained import Chained, greedy
 from pipeserve.bench.recording import Recorder, Recording
 from pipeserve.bench.timeline import Timeline
 from pipeserve.bench.tracing import MOST_TOKENS, Profile, SteadyDecode, trace_decode
@@ -59,7 +60,9 @@ class LoadRunner:
             StageFailedError, StageStalledError: the engine died.
         """
         trace = workload.make_trace(load)
-        submissions = self._submissions(trace.requests, workload.num_shared_tokens)
+        submissions = self._submissions(
+            trace.requests, workload.num_shared_tokens, workload.chained
+        )
         self._timeline.clear()
         recorder = Recorder(
             post=self._inbox.put, trace=trace, submissions=submissions, most_s=most_s
@@ -95,17 +98,30 @@ class LoadRunner:
         if self._failure is not None:  # between two runs
             listener(self._failure)
 
-    def _submissions(self, requests: Sequence[Request], num_shared_tokens: int) -> list[Submit]:
-        """Prompts that share no more than they should, and greedy tokens without a stop."""
-        shared = self._token_ids(num_shared_tokens)
-        return [self._submission(request, shared) for request in requests]
+    def _submissions(
+        self,
+        requests: Sequence[Request],
+        num_shared_tokens: int,
+        chained: Chained | None = None,
+    ) -> list[Submit]:
+        """Prompts that share no more than they should, and tokens without a stop."""
+        shared, count = self._token_ids(num_shared_tokens), len(requests)
+        submissions = []
+        for index, request in enumerate(requests):
+            max_tokens = request.num_output_tokens
+            sampling = greedy(max_tokens)
+            if chained is not None:
+                sampling = chained.sampling(index, num_sequences=count, max_tokens=max_tokens)
+            submissions.append(self._submission(request, shared, sampling))
+        return submissions
 
-    def _submission(self, request: Request, shared: tuple[int, ...]) -> Submit:
+    def _submission(
+        self, request: Request, shared: tuple[int, ...], sampling: SamplingParams
+    ) -> Submit:
         num_prompt_tokens = request.num_prompt_tokens
         own = self._token_ids(num_prompt_tokens)
         if num_prompt_tokens > len(shared):
             own = shared + own[len(shared) :]
-        sampling = SamplingParams(max_tokens=request.num_output_tokens, seed=0, temperature=0.0)
         return Submit(seq_id=next(self._seq_ids), prompt_token_ids=own, sampling=sampling)
 
     def _token_ids(self, count: int) -> tuple[int, ...]:

@@ -69,6 +69,8 @@ class Recording:
     """By seq_id."""
     steps: Sequence[Step]
     marks: Mapping[Moment, Mark]
+    chained: frozenset[int] = frozenset()
+    """Sequences that a chain of samplers draws."""
 
 
 class Recorder:
@@ -131,6 +133,7 @@ class Recorder:
             submitted_s=self._submitted_s,
             steps=self._steps,
             marks=self._marks,
+            chained=frozenset(each.seq_id for each in self._submissions if each.sampling.chain),
         )
 
     def _submit_arrivals(self, began_s: float) -> None:

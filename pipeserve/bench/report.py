@@ -68,7 +68,25 @@ def as_table(result: Result) -> str:
     if result.capture_s:
         start += f", of which {result.capture_s:.1f} s to compile kernels and capture graphs"
     lines_above = (head, *map(_card_line, result.ceilings), start)
-    return "\n".join((*lines_above, "", *rows, "", LEGEND, *profile_lines(result.profiles)))
+    beside = [_beside_line(run) for run in result.runs if run.chained_itl_p50_ms is not None]
+    return "\n".join(
+        (*lines_above, "", *rows, *beside, "", LEGEND, *profile_lines(result.profiles))
+    )
+
+
+def _beside_line(figures: Figures) -> str:
+    """What sequences with and without a chain of samplers do to each other."""
+    shown = [
+        "-" if value is None else f"{value:.2f}"
+        for value in (
+            *(figures.itl_p50_ms, figures.itl_p99_ms),
+            *(figures.chained_itl_p50_ms, figures.chained_itl_p99_ms),
+        )
+    ]
+    return (
+        f"{figures.num_concurrent}: ITL {shown[0]}/{shown[1]} of the sequences without a chain of "
+        f"samplers, {shown[2]}/{shown[3]} of the others"
+    )
 
 
 def profile_lines(profiles: Sequence[Profile]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipeserve.bench import arrivals
 from pipeserve.bench.arrivals import Lengths, Shape, Trace
+from pipeserve.bench.chained import Chained
 from pipeserve.config import Config
 from pipeserve.errors import ConfigError
 
@@ -80,6 +81,8 @@ class Workload:
     """Of lengths and arrivals."""
     traced: tuple[int, ...] = ()
     """After the runs, a steady decode of so many sequences is traced kernel by kernel."""
+    chained: Chained | None = None
+    """Of each batch, so many sequences are drawn by a chain of samplers."""
 
     def make_trace(self, load: Load) -> Trace:
         """The requests of one of its runs."""
@@ -108,7 +111,9 @@ class Workload:
     def describe_lengths(self) -> str:
         """Of all its runs, for people."""
         shared = f" ({self.num_shared_tokens} shared)" if self.num_shared_tokens else ""
-        return f"{self.prompt} prompt{shared} + {self.output} output tokens"
+        chained = self.chained
+        beside = f", {chained.num_sequences} sequences by {chained.name}" if chained else ""
+        return f"{self.prompt} prompt{shared} + {self.output} output tokens{beside}"
 
 
 def make_workload(
@@ -120,11 +125,13 @@ def make_workload(
     num_requests: int | None,
     rate_per_s: float | None = None,
     num_shared_tokens: int = 0,
+    chained: Chained | None = None,
 ) -> Workload:
     """Batches one after another, or clients where num_clients is given, or arrivals at a rate.
 
     Raises:
-        ConfigError: requests without clients and rate, too few for a steady state, or no rate.
+        ConfigError: requests without clients and rate, too few for a steady state, or no rate; or
+            chained beside either, or more than a batch.
     """
     if num_clients is None and rate_per_s is None and num_requests is not None:
         raise ConfigError("requests is for a closed loop or arrivals: give clients or poisson too")
@@ -142,7 +149,20 @@ def make_workload(
                 "least 2 requests per client"
             )
         loads = (Clients(num_clients=num_clients, num_sequences=num_sequences),)
-    return Workload(prompt=prompt, output=output, loads=loads, num_shared_tokens=num_shared_tokens)
+    if chained is not None and any(
+        not isinstance(load, Batch) or load.num_sequences < chained.num_sequences for load in loads
+    ):
+        raise ConfigError(
+            f"samplers is for {chained.num_sequences} sequences of each batch: give no clients "
+            "or poisson, and larger batches"
+        )
+    return Workload(
+        prompt=prompt,
+        output=output,
+        loads=loads,
+        num_shared_tokens=num_shared_tokens,
+        chained=chained,
+    )
 
 
 def missing_options(workload: Workload, config: Config) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What crosses between engine and pipeline: MicroBatch down, StepOutput or StageFailure up.
+"""What crosses between engine and pipeline: MicroBatch down; outputs or a StageFailure up.
 
 Shapes: S sequences (rows) in the micro-batch, T tokens, K alternatives per token.
 Values only: numpy arrays and plain numbers, so that a message can cross a process boundary.
@@ -37,6 +37,8 @@ class PipelineFacts:
     num_look_ahead: int
     """Steps that a cohort may run before the result of its previous step is known (0 or 1)."""
     vocab_size: int
+    samples_late: bool = False
+    """Whether rows with a chain of samplers may be sampled behind their step, beside the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,14 +67,22 @@ class StepMasks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GivenTokens:
+    """The newest tokens of G decode rows whose ids the stages do not hold: of late rows."""
+
+    rows_G: IntArray
+    ids_G: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
     """One step's work for every stage: which rows, which tokens, and what changed.
 
-    Decode rows come first and take one token each, whose id the stages already hold (it was
-    sampled there); prefill rows follow and bring their ids along. Stages run micro-batches in
-    the order of step_id, so a KV block or a row may be given to a new owner at once: the old
-    owner's last writes come before the new owner's first. A full block may stand in the tables of
-    several rows; the step that fills it comes before those in which the others read it.
+    Decode rows come first and take one token each, whose id the stages already hold (it was sampled
+    there) unless it is given; prefill rows follow and bring their ids along. Stages run micro-
+    batches in the order of step_id, so a KV block or a row may be given to a new owner at once: the
+    old owner's last writes come before the new owner's first. A full block may stand in the tables
+    of several rows; the step that fills it comes before those in which the others read it.
     """
 
     step_id: int
@@ -97,6 +107,12 @@ class MicroBatch:
     """The newest earlier step that sampled a token which a decode row of this one reads."""
     masks: StepMasks | None = None
     """Of the rows that a grammar constrains; None where there are none."""
+    late_seqs_L: IntArray | None = None
+    """Which of the sampled rows are sampled late: from 0 to the number of those with samples_S - 1,
+    ascending. Their tokens come in a LateOutput, and no step reads them before they are given.
+    None where there are none."""
+    given: GivenTokens | None = None
+    """Tokens that came in LateOutputs."""
 
     @property
     def num_rows(self) -> int:
@@ -105,6 +121,15 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return int(self.num_tokens_S.sum())
+
+    @property
+    def sampled_rows(self) -> IntArray:
+        return self.rows_S[self.samples_S]
+
+    @property
+    def sampled_positions(self) -> IntArray:
+        """Where in its sequence each sampled token will stand."""
+        return (self.first_positions_S + self.num_tokens_S)[self.samples_S]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,6 +144,14 @@ class StepLogprobs:
     top_ids_SK: IntArray
     top_SK: FloatArray
     """Of the K likeliest tokens, likeliest first."""
+
+    def without(self, seqs: IntArray) -> StepLogprobs:
+        """Of the rows but these."""
+        return StepLogprobs(
+            token_S=np.delete(self.token_S, seqs),
+            top_ids_SK=np.delete(self.top_ids_SK, seqs, axis=0),
+            top_SK=np.delete(self.top_SK, seqs, axis=0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -148,7 +181,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepOutput:
-    """What came out of one step: a token for every row with samples_S, in the same order."""
+    """What came out of one step: a token for every row with samples_S, in the same order, but for
+    those that are late."""
 
     step_id: int
     token_ids: IntArray
@@ -158,6 +192,17 @@ class StepOutput:
     """Of the step's prefill rows that asked for them."""
     stage_spans: tuple[Span, ...]
     """When each stage worked on this step, waiting not counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LateOutput:
+    """The tokens of a step's late rows, in the order of late_seqs_L. Comes whenever they are there,
+    maybe before the step's own output; those of several steps come in order."""
+
+    step_id: int
+    token_ids: IntArray
+    logprobs: StepLogprobs | None
+    """None where no late row asked for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

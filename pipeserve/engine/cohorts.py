@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeserve.engine.late_rows import LateRows
 from pipeserve.engine.sequence import Sequence
 
 UNEVENNESS = 16
@@ -30,12 +31,15 @@ class Cohorts:
     scheduled.
     """
 
-    def __init__(self, *, count: int, num_look_ahead: int, is_balanced: bool = True) -> None:
+    def __init__(
+        self, *, count: int, num_look_ahead: int, late_rows: LateRows, is_balanced: bool = True
+    ) -> None:
         """is_balanced: else newcomers join one cohort after the other, and stay."""
         self._cohorts = [Cohort(index) for index in range(count)]
         self._is_balanced = is_balanced
         self._num_joined = 0
         self._num_look_ahead = num_look_ahead
+        self._late_rows = late_rows
 
     @property
     def num_lanes(self) -> int:
@@ -75,7 +79,7 @@ class Cohorts:
 
         Empty if no cohort has a sequence that can take a step now.
         """
-        num_lanes = self.num_lanes
+        num_lanes = self._num_lanes_ahead()
         for cohort in sorted(self._cohorts, key=lambda cohort: cohort.last_step):
             ready = [s for s in cohort.sequences if self._can_step(s, step_id, num_lanes)]
             if ready and not self._should_wait(ready, cohort):
@@ -83,18 +87,28 @@ class Cohorts:
                 return ready
         return []
 
-    @staticmethod
-    def _should_wait(ready: list[Sequence], cohort: Cohort) -> bool:
-        """Constrained sequences whose masks came late wait for the others of their cohort, whose
+    def _num_lanes_ahead(self) -> int:
+        """Cohorts that take turns whatever comes back; others have late rows alone."""
+        if not self._late_rows.is_on:
+            return self.num_lanes
+        holds_up = self._late_rows.holds_up
+        return sum(1 for each in self._cohorts if not all(map(holds_up, each.sequences)))
+
+    def _should_wait(self, ready: list[Sequence], cohort: Cohort) -> bool:
+        """Sequences whose masks or tokens came late wait for the others of their cohort, whose
         tokens are on their way: a step of their own would hold those up."""
-        return all(sequence.is_masked for sequence in ready) and any(
-            sequence.wants_token and not sequence.is_masked for sequence in cohort.sequences
+        return all(map(self._comes_late, ready)) and any(
+            sequence.wants_token and not self._comes_late(sequence) for sequence in cohort.sequences
         )
+
+    def _comes_late(self, sequence: Sequence) -> bool:
+        """Whether its next token cannot be looked ahead."""
+        return sequence.is_masked or self._late_rows.holds_up(sequence)
 
     def _can_step(self, sequence: Sequence, step_id: int, num_lanes: int) -> bool:
         if not sequence.may_run_on:
             return False
-        if sequence.num_in_flight == 0 or sequence.is_masked:
+        if sequence.num_in_flight == 0 or self._comes_late(sequence):
             return sequence.num_in_flight == 0
         # The first stage waits for the token that is on its way. That costs nothing if the other
         # cohorts' steps lie between; sooner, the stage would idle with their work behind it.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from pipeserve.core.batch import MicroBatch, PipelineFacts, StageFailure, StepOutput
+from pipeserve.core.batch import LateOutput, MicroBatch, PipelineFacts, StageFailure, StepOutput
 from pipeserve.core.constraint import ConstraintFactory, WatchFactory
 from pipeserve.engine.mask_workers import MasksReady, MaskWorkers, WatchReady
 from pipeserve.engine.messages import (
@@ -26,6 +26,7 @@ from pipeserve.engine.messages import (
     Shutdown,
     StatsReply,
     Submit,
+    TokenEvents,
 )
 from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.scheduler import Scheduler
@@ -34,7 +35,7 @@ from pipeserve.engine.sequence_times import SequenceTimer
 from pipeserve.engine.stats import EngineStats
 from pipeserve.engine.step_figures import StepRecorder
 
-InboxItem = FrontMessage | StepOutput | StageFailure | MasksReady | WatchReady
+InboxItem = FrontMessage | StepOutput | LateOutput | StageFailure | MasksReady | WatchReady
 Inbox = queue.SimpleQueue[InboxItem]
 
 
@@ -90,6 +91,7 @@ class Engine:
         self._timer = SequenceTimer(pipeline.facts)
         self._started_s = time.monotonic()
         self._last_progress_s = self._started_s
+        self._last_late_s = self._started_s
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -122,15 +124,18 @@ class Engine:
 
     def _next_item(self) -> InboxItem:
         """Wait for the next thing to happen, but not past the moment a stage counts as stuck."""
-        if not self._scheduler.has_steps_in_flight:
+        if not self._scheduler.is_owed:
             return self._inbox.get()
-        patience_s = self._last_progress_s + self._stage_timeout_s - time.monotonic()
+        since_s, awaited = self._last_progress_s, "step"
+        if self._scheduler.has_late_in_flight and self._last_late_s < since_s:
+            since_s, awaited = self._last_late_s, "late token"  # steps may well go on
+        patience_s = since_s + self._stage_timeout_s - time.monotonic()
         try:
             return self._inbox.get(timeout=max(0.0, patience_s))
         except queue.Empty:
             raise _EngineEnd(
                 EngineFailed(
-                    error=f"no step came back for {self._stage_timeout_s:g} s "
+                    error=f"no {awaited} came back for {self._stage_timeout_s:g} s "
                     f"(stage_timeout_s): {self._pipeline.describe_stall()}",
                     stalled=True,
                 )
@@ -148,6 +153,9 @@ class Engine:
         match item:
             case StepOutput():
                 self._take_output(item)
+            case LateOutput():
+                self._last_progress_s = self._last_late_s = time.monotonic()
+                self._tell(self._scheduler.update_late(item))
             case MasksReady():
                 self._take_masks(item)
             case WatchReady():
@@ -174,6 +182,10 @@ class Engine:
         is_idle = not self._scheduler.has_steps_in_flight
         self._recorder.note_output(output.stage_spans, self._last_progress_s, is_idle=is_idle)
         self._timer.note_output(output.stage_spans)
+        self._tell(events)
+
+    def _tell(self, events: TokenEvents) -> None:
+        """What has just come out, to all whom it concerns."""
         for seq_id, reason in zip(events.seq_ids, events.finish_reasons, strict=True):
             if reason is not None:
                 self._forget(seq_id)
@@ -243,11 +255,15 @@ class Engine:
         return self._sequences.pop(seq_id, None)
 
     def _submit(self) -> None:
-        was_idle = not self._scheduler.has_steps_in_flight
+        was_idle = not self._scheduler.is_owed
+        has_late = self._scheduler.has_late_in_flight
         while (batch := self._scheduler.schedule()) is not None:
             if was_idle:  # patience starts with the first step after a rest
                 self._last_progress_s = time.monotonic()
                 was_idle = False
+            if batch.late_seqs_L is not None and not has_late:
+                self._last_late_s = time.monotonic()
+                has_late = True
             self._recorder.note_submitted(batch, time.monotonic())
             self._timer.note_submitted(batch)
             self._pipeline.submit(batch)

@@ -406,4 +406,5 @@ def merge_facts(replicas: list[PipelineFacts]) -> PipelineFacts:
         max_batch_tokens=min(each.max_batch_tokens for each in replicas),
         num_look_ahead=first.num_look_ahead,
         vocab_size=first.vocab_size,
+        samples_late=any(each.samples_late for each in replicas),
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection
 
-from pipeserve.core.batch import MicroBatch, PipelineFacts, StepOutput
+from pipeserve.core.batch import LateOutput, MicroBatch, PipelineFacts, StepOutput
 from pipeserve.core.constraint import FreeRun, TextWatch, WordArray
 from pipeserve.engine.attention_cost import AttentionCost, StepWork
 from pipeserve.engine.block_pool import BlockPool
 from pipeserve.engine.cohorts import Cohorts
 from pipeserve.engine.event_draft import EventDraft
+from pipeserve.engine.late_rows import LateRows, Owed
 from pipeserve.engine.messages import FinishReason, TokenEvents
 from pipeserve.engine.parking import Parking
 from pipeserve.engine.policy import AdmissionPolicy
@@ -76,9 +77,11 @@ class Scheduler:
         )
         self._prefilling: dict[Sequence, None] = {}  # of them, those with prompt left to compute
         self._free_rows = list(range(facts.num_rows - 1, -1, -1))
+        self._late_rows = LateRows(is_used=facts.samples_late)
         self._cohorts = Cohorts(
             count=facts.num_stages,
             num_look_ahead=facts.num_look_ahead,
+            late_rows=self._late_rows,
             is_balanced=self.policy.balances_cohorts,
         )
         self._in_flight: deque[StepInFlight] = deque()
@@ -106,6 +109,16 @@ class Scheduler:
     def has_steps_in_flight(self) -> bool:
         return bool(self._in_flight)
 
+    @property
+    def has_late_in_flight(self) -> bool:
+        """Whether late tokens are to come."""
+        return len(self._late_rows) > 0
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether anything is to come from the pipeline."""
+        return self.has_steps_in_flight or self.has_late_in_flight
+
     def tell_time(self, now_s: float) -> None:
         """What the clock says; sequences that arrive are taken to arrive now."""
         self._line.now_s = now_s
@@ -116,6 +129,7 @@ class Scheduler:
         assert (
             sequence.num_prompt_tokens + sequence.sampling.max_tokens <= self.facts.context_length
         ), "prompt and output fit the context"
+        self._late_rows.note_arrival(sequence)
         self._parking.pass_by(sequence, self._line.arrive)
 
     def watch(self, sequence: Sequence, watch: TextWatch) -> None:
@@ -191,9 +205,11 @@ class Scheduler:
         if len(self._in_flight) >= self.facts.num_stages + self.facts.num_look_ahead:
             return None
         draft = StepDraft()
+        self._late_rows.begin_step(self._running)
         self._plan(draft)
         if not draft.chunks:
             return None
+        self._late_rows.settle(draft)
         batch = draft.build(self._next_step_id)
         self._advance(draft)
         return batch
@@ -371,11 +387,13 @@ class Scheduler:
             if chunk.samples:
                 sequence.num_in_flight += 1
                 sequence.last_sample_step = step_id
+                sequence.is_late = sequence in draft.late
                 if sequence.cohort is None:
                     self._cohorts.join(sequence)
         for chunk in draft.prefill:
             self.prefix_cache.name_computed(chunk.sequence)
         self._in_flight.append(StepInFlight.of(draft, step_id=step_id, work=work))
+        self._late_rows.expect(step_id, draft)
 
     def update(self, output: StepOutput) -> TokenEvents:
         """Take in what a step sampled, end the sequences that are complete, and say what is new.
@@ -384,12 +402,19 @@ class Scheduler:
         """
         step = self._in_flight.popleft()
         assert step.step_id == output.step_id, "steps come back in order"
-        assert len(step.sampling) == len(output.token_ids), "one token per sampling row"
         if output.stage_spans:
             self._attention.note(step.work, max(span.length_s for span in output.stage_spans))
+        return self._take_tokens(step.sampling, output)
+
+    def update_late(self, output: LateOutput) -> TokenEvents:
+        """The same of what was sampled late."""
+        return self._take_tokens(self._late_rows.take(output.step_id), output)
+
+    def _take_tokens(self, owed: Owed, output: StepOutput | LateOutput) -> TokenEvents:
+        assert len(owed) == len(output.token_ids), "one token per sampling row"
         events = EventDraft(output.logprobs)
         served: Counter[str] = Counter()
-        for index, (sequence, generation) in enumerate(step.sampling):
+        for index, (sequence, generation) in enumerate(owed):
             if sequence.generation != generation:  # it ended or was preempted meanwhile
                 continue
             token_id = int(output.token_ids[index])

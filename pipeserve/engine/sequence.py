@@ -94,6 +94,8 @@ class Sequence:
     """Tokens sampled by submitted steps whose result is not known yet."""
     last_sample_step: int | None = None
     """The newest step that samples for this sequence."""
+    is_late: bool = False
+    """Whether that one samples late, so that the first stage does not have its token."""
     generation: int = 0
     """Counts the times it gave up its row: results of an earlier generation are dropped."""
     num_prefill_tokens: int = 0
@@ -121,6 +123,11 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Prefilled as far as submitted steps go: its next step takes one token."""
         return self.status is SequenceStatus.RUNNING and self.num_remaining_prefill == 0
+
+    @property
+    def has_chain(self) -> bool:
+        """Whether its tokens are drawn by a chain of samplers, which takes long."""
+        return self.sampling.chain is not None
 
     @property
     def wants_token(self) -> bool:
@@ -210,6 +217,7 @@ class Sequence:
         self.num_prefill_tokens = len(self.token_ids)
         self.num_in_flight = 0
         self.last_sample_step = None
+        self.is_late = False
         self.is_rewound = True
         self.generation += 1
 
@@ -226,6 +234,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_in_flight = 0
         self.last_sample_step = None
+        self.is_late = False
         self.num_prefill_tokens = 0
         self.generation += 1
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeserve.core.batch import MicroBatch, RowStart, StepMasks
+from pipeserve.core.batch import GivenTokens, IntArray, MicroBatch, RowStart, StepMasks
 from pipeserve.engine.sequence import Sequence
 
 
@@ -32,11 +32,18 @@ class StepDraft:
     starts: list[RowStart] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     """(row, column of the row's block table, block id)."""
+    late: set[Sequence] = field(default_factory=set)
+    """Of those that sample, who does so behind the step."""
 
     @property
     def chunks(self) -> list[Chunk]:
         """In the order of the micro-batch's rows."""
         return self.decode + self.prefill
+
+    @property
+    def sampling(self) -> list[Sequence]:
+        """Those that sample, in the order of the micro-batch's rows."""
+        return [chunk.sequence for chunk in self.chunks if chunk.samples]
 
     def add_start(self, sequence: Sequence) -> None:
         """A sequence begins in its row with this step."""
@@ -67,7 +74,7 @@ class StepDraft:
 
     def build(self, step_id: int) -> MicroBatch:
         """The message to the stages."""
-        chunks = self.chunks
+        chunks, sampling = self.chunks, self.sampling
         prefill_ids: list[int] = []
         for chunk in self.prefill:
             first = chunk.sequence.num_computed_tokens
@@ -91,8 +98,27 @@ class StepDraft:
             block_columns=blocks[:, 1],
             block_ids=blocks[:, 2],
             needs_step=max(awaited, default=None),
-            masks=_masks([chunk.sequence for chunk in chunks if chunk.samples]),
+            masks=_masks(sampling),
+            late_seqs_L=_late_seqs(sampling, self.late),
+            given=_given([chunk.sequence for chunk in self.decode if chunk.sequence.is_late]),
         )
+
+
+def _late_seqs(sampling: list[Sequence], late: set[Sequence]) -> IntArray | None:
+    if not late:
+        return None
+    return np.array([at for at, sequence in enumerate(sampling) if sequence in late], np.int32)
+
+
+def _given(sequences: list[Sequence]) -> GivenTokens | None:
+    """Sequences whose newest token was sampled late and is known."""
+    if not sequences:
+        return None
+    assert all(sequence.num_in_flight == 0 for sequence in sequences), "a given token is known"
+    return GivenTokens(
+        rows_G=np.array([sequence.row for sequence in sequences], np.int32),
+        ids_G=np.array([sequence.token_ids[-1] for sequence in sequences], np.int32),
+    )
 
 
 def _masks(sampled: list[Sequence]) -> StepMasks | None:

@@ -15,9 +15,10 @@ class StepInFlight:
 
     step_id: int
     sampling: tuple[tuple[Sequence, int], ...]
+    """But for the late ones."""
     work: StepWork
 
     @classmethod
     def of(cls, draft: StepDraft, *, step_id: int, work: StepWork) -> StepInFlight:
-        sampling = ((c.sequence, c.sequence.generation) for c in draft.chunks if c.samples)
+        sampling = ((each, each.generation) for each in draft.sampling if each not in draft.late)
         return cls(step_id=step_id, sampling=tuple(sampling), work=work)

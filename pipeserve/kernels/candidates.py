@@ -50,10 +50,9 @@ class Candidates:
     ) -> None:
         """DRY: repeats_EV as longest_repeats gives them. Breakers of one token are spared."""
         penalty_EV = multiplier_E1 * base_E1 ** (repeats_EV - allowed_E1)
-        has_empty_tail = [g for g, tail in enumerate(breakers.tails) if not tail]
         is_spared_EV = repeats_EV < 0
-        for group in has_empty_tail:
-            is_spared_EV = is_spared_EV | ((breakers.groups_V >> group) & 1).bool()
+        if breakers.lone_bits:
+            is_spared_EV = is_spared_EV | ((breakers.groups_V & breakers.lone_bits) != 0)
         self.x_EV = self.x_EV - penalty_EV.masked_fill(is_spared_EV, 0.0)
 
     def keep_top_n_sigma(self, num_sigma_E1: Tensor) -> None:
@@ -109,9 +108,13 @@ class Candidates:
         high_E1 = temperature_E1 + range_E1
         moving_E1 = low_E1 + (high_E1 - low_E1) * share_E1**exponent_E1
         is_moving_E1 = (range_E1 > 0) & (num_E1 > 1)
-        self.scale_fixed(torch.where(is_moving_E1, moving_E1, temperature_E1))
+        self.scale_fixed(torch.where(is_moving_E1, moving_E1, temperature_E1), has_zero=True)
 
-    def scale_fixed(self, temperature_E1: Tensor) -> None:
+    def scale_fixed(self, temperature_E1: Tensor, *, has_zero: bool) -> None:
+        """has_zero: whether a temperature may be 0, as far as the host knows."""
+        if not has_zero:
+            self.x_EV = self.x_EV / temperature_E1
+            return
         is_zero_E1 = temperature_E1 <= 0
         self._keep(self._is_likeliest() | ~is_zero_E1)
         self.x_EV = self.x_EV / temperature_E1.masked_fill(is_zero_E1, 1.0)

@@ -23,6 +23,11 @@ class Breakers:
     """int64: bit g is set for the tokens that are heads of group g."""
     tails: Sequence[tuple[int, ...]]
 
+    @property
+    def lone_bits(self) -> int:
+        """Of the groups whose sequences are of one token."""
+        return sum(1 << group for group, tail in enumerate(self.tails) if not tail)
+
 
 def repeat_lengths(recent_EW: Tensor, limits_E: Tensor) -> Tensor:
     """[E, W] int32: how many tokens from place w on are the same as from place 0 on, at most the
@@ -47,13 +52,17 @@ def repeat_lengths(recent_EW: Tensor, limits_E: Tensor) -> Tensor:
 def breaker_limits(recent_EW: Tensor, breakers: Breakers) -> Tensor:
     """[E] int64: how many of the last tokens stand behind the newest breaker; W without one."""
     width = recent_EW.shape[1]
+    if not breakers.tails:
+        return torch.full((len(recent_EW),), width, device=recent_EW.device)
     groups_EW = breakers.groups_V[recent_EW.clamp(min=0).long()]
     groups_EW = groups_EW.masked_fill(recent_EW < 0, 0)
-    longest_EW = torch.full_like(groups_EW, -1)
+    longest_EW = torch.where((groups_EW & breakers.lone_bits) != 0, 0, -1)
     # What follows a place is newer, and so stands before it.
     most = max(map(len, breakers.tails), default=0)
     padded_EW = functional.pad(recent_EW, (most, 0), value=-1)
     for group, tail in enumerate(breakers.tails):
+        if not tail:
+            continue
         is_here_EW = ((groups_EW >> group) & 1).bool()
         for offset, token in enumerate(tail, start=1):
             next_EW = padded_EW[:, most - offset :][:, :width]

@@ -100,10 +100,14 @@ class _Slab:
     largest_k: int
     longest: int
     """Tokens of the longest of their sequences."""
+    has_greedy: bool
+    """Whether a row has the temperature 0."""
     num_rows: int
     words: Tensor
     """[_Word, E] int64, and a column more where E is odd: Triton compiles anew for pointers that
     are not aligned to 16 bytes."""
+    places_E: Tensor
+    """int32: the positions."""
 
     def ints(self, word: _Word) -> Tensor:
         """[E] int64."""
@@ -130,6 +134,8 @@ class ChainSampler:
         self._history = TokenHistory(num_rows, device)
         self._surprises = Surprises(num_rows, device)
         self._breakers: dict[tuple[BreakerGroup, ...], Breakers] = {}
+        self._ones_R = torch.ones(num_rows, device=device)
+        self._zeros_R = torch.zeros(num_rows, device=device)
 
     def start(self, start: RowStart) -> None:
         """A sequence takes a row, with a chain or without."""
@@ -150,6 +156,10 @@ class ChainSampler:
             self._breakers = {key: self._breakers[key] for key in used & self._breakers.keys()}
             self._breakers[started.breakers] = self._upload(started.breakers)
 
+    def draws_all(self, rows_S: IntArray) -> bool:
+        """Whether these rows all have a chain."""
+        return bool(self._has_chain_R[rows_S].all())
+
     def sample(
         self, logits_SV: Tensor, ids_S: Tensor, rows_S: IntArray, positions_S: IntArray
     ) -> None:
@@ -161,6 +171,9 @@ class ChainSampler:
         if len(seqs) == 0:
             return
         for slab in self._slabs(seqs, rows_S, positions_S):
+            if slab.num_rows == len(ids_S):
+                ids_S.copy_(self._draw(logits_SV, slab))
+                continue
             seqs_E = slab.ints(_Word.SEQ)
             ids_S.index_copy_(0, seqs_E, self._draw(logits_SV.index_select(0, seqs_E), slab))
 
@@ -181,29 +194,31 @@ class ChainSampler:
         words[_Word.SEQ, : len(rows)] = seqs
         words[_Word.ROW, : len(rows)] = rows_S[seqs]
         words[_Word.POSITION, : len(rows)] = positions_S[seqs]
+        on_device = int_tensor(words, self._device)
         return _Slab(
             kind=rows[0],
             largest_k=max(row.params.top_k or 1 for row in rows),
             longest=int(positions_S[seqs].max()),
+            has_greedy=any(row.params.temperature <= 0.0 for row in rows),
             num_rows=len(rows),
-            words=int_tensor(words, self._device),
+            words=on_device,
+            places_E=on_device[_Word.POSITION, : len(rows)].int(),
         )
 
     def _draw(self, logits_EV: Tensor, slab: _Slab) -> Tensor:
-        rows_E, positions_E = slab.ints(_Word.ROW), slab.ints(_Word.POSITION)
         candidates = Candidates(logits_EV)
         for sampler in slab.kind.samplers:
             self._apply(sampler, candidates, slab)
-        even_E = torch.ones(len(rows_E), device=self._device)
-        uniform_E = self._kernels.uniform(slab.ints(_Word.SEED), positions_E.int())
-        ids_E = self._kernels.sample(
-            candidates.logits(), even_E, torch.zeros_like(even_E), uniform_E
-        )
+        even_E, no_min_p_E = self._ones_R[: slab.num_rows], self._zeros_R[: slab.num_rows]
+        uniform_E = self._kernels.uniform(slab.ints(_Word.SEED), slab.places_E)
+        ids_E = self._kernels.sample(candidates.logits(), even_E, no_min_p_E, uniform_E)
         if slab.kind.has_mirostat:
+            rows_E, positions_E = slab.ints(_Word.ROW), slab.ints(_Word.POSITION)
             error_E = candidates.bits_of(ids_E) - slab.floats(_Word.TAU).squeeze(1)
             self._surprises.learn(rows_E, positions_E, slab.floats(_Word.ETA).squeeze(1) * error_E)
         if slab.kind.needs_history:
-            self._kernels.record(ids_E, rows_E, positions_E.int(), None, self._history.token_ids_RL)
+            rows_E, history_RL = slab.ints(_Word.ROW), self._history.token_ids_RL
+            self._kernels.record(ids_E, rows_E, slab.places_E, None, history_RL)
         return ids_E
 
     def _apply(self, sampler: SamplerName, candidates: Candidates, slab: _Slab) -> None:
@@ -224,8 +239,8 @@ class ChainSampler:
             case SamplerName.MIN_P:
                 candidates.keep_min_p(floats(_Word.MIN_P))
             case SamplerName.XTC:
-                seeds_E, positions_E = slab.ints(_Word.SEED), slab.ints(_Word.POSITION)
-                uniform_E = self._kernels.uniform(seeds_E ^ _XTC_SALT, positions_E.int())
+                seeds_E = slab.ints(_Word.SEED) ^ _XTC_SALT
+                uniform_E = self._kernels.uniform(seeds_E, slab.places_E)
                 candidates.exclude_top(
                     floats(_Word.XTC_PROBABILITY),
                     floats(_Word.XTC_THRESHOLD),
@@ -236,7 +251,7 @@ class ChainSampler:
                     floats(_Word.TEMPERATURE), floats(_Word.RANGE), floats(_Word.EXPONENT)
                 )
             case SamplerName.TEMPERATURE:
-                candidates.scale_fixed(floats(_Word.TEMPERATURE))
+                candidates.scale_fixed(floats(_Word.TEMPERATURE), has_zero=slab.has_greedy)
             case SamplerName.MIROSTAT:
                 bits_E = self._surprises.most_bits(slab.ints(_Word.ROW), slab.ints(_Word.POSITION))
                 candidates.keep_unsurprising(bits_E.unsqueeze(1))

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from pipeserve.core.batch import StageFailure, StepOutput
+from pipeserve.core.batch import LateOutput, StageFailure, StepOutput
 from pipeserve.runtime.link import Handoff
 from pipeserve.runtime.sampled import Sampled
 
-Post = Callable[[StepOutput | StageFailure], None]
+Post = Callable[[StepOutput | LateOutput | StageFailure], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +71,16 @@ class Collector:
 
 def make_output(handoff: Handoff, sampled: Sampled) -> StepOutput:
     """Wait for the ids and put the step's output together."""
+    token_ids = sampled.token_ids()  # waits; where nothing was sampled, the spans do
+    logprobs = sampled.step_logprobs()
+    late_seqs_L = handoff.batch.late_seqs_L
+    if late_seqs_L is not None:
+        token_ids = np.delete(token_ids, late_seqs_L)
+        logprobs = None if logprobs is None else logprobs.without(late_seqs_L)
     return StepOutput(
-        token_ids=sampled.token_ids(),  # waits; where nothing was sampled, the spans do
+        token_ids=token_ids,
         step_id=handoff.batch.step_id,
-        logprobs=sampled.step_logprobs(),
+        logprobs=logprobs,
         prompt_logprobs=sampled.prompt_logprobs(),
         stage_spans=tuple(read() for read in handoff.spans),
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeserve.core.batch import MicroBatch
-from pipeserve.runtime.devices import int_tensor
+from pipeserve.runtime.devices import int_tensor, stage_stream
 from pipeserve.runtime.gpu_shapes import GpuShapes
 from pipeserve.runtime.step_computation import StepComputation
 from pipeserve.runtime.step_inputs import (
@@ -47,7 +47,7 @@ class StepGraphs:
         self._device = device
         # One pool and one stream for all: the allocator gives a stream only its own memory again.
         self._pool: Any = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stage_stream(device)
         self._captured: dict[StepShape, _Captured] = {}
         config, largest = computation.decoder.config, shapes.captured()[0]
         self._hidden_TD = torch.zeros((largest.num_tokens, config.hidden_size), device=device)

@@ -47,6 +47,12 @@ def _unknown(name: str) -> ConfigError:
     )
 
 
+def stage_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for steps or their graphs. It comes before whatever is done beside steps, which is
+    in streams of the default priority, the least."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def gib(num_bytes: int) -> str:
     """For messages."""
     return f"{num_bytes / 1024**3:.2f}"

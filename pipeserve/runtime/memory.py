@@ -21,6 +21,7 @@ from pipeserve.core.sampling import MAX_LOGPROBS, SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.runtime.cuda_graphs import StepGraphs
 from pipeserve.runtime.devices import gib
+from pipeserve.runtime.late_thread import LateAtOnce
 from pipeserve.runtime.stage_parts import StageParts
 
 MARGIN = 0.02
@@ -179,15 +180,21 @@ def measure_stage(parts: StageParts, facts: PipelineFacts) -> StageMemory:
     with torch.cuda.device(device), torch.inference_mode():
         before = _free_bytes(device)
         parts = parts.as_probe()
-        runner = parts.make_runner(graphs=None)
+        late_thread = LateAtOnce(stage=0, device=device, num_threads=1)
+        runner = parts.make_runner(None, late_thread if facts.samples_late else None)
         hidden_TD = parts.make_hidden(num_tokens)
         fewest_chunks = min(facts.num_rows, -(-num_tokens // facts.context_length))
-        for num_chunks in (facts.num_rows, fewest_chunks):  # the second one for what it compiles
-            step = dearest_step(facts, num_chunks=num_chunks)
+        # The last one for what it compiles.
+        for num_chunks, chained_every in (
+            (facts.num_rows, 2),
+            (facts.num_rows, 1),
+            (fewest_chunks, 2),
+        ):
+            step = dearest_step(facts, num_chunks=num_chunks, chained_every=chained_every)
             runner.run(step, None if hidden_TD is None else hidden_TD[: step.num_tokens])
         torch.cuda.synchronize(device)
         workspace_bytes = before - torch.cuda.mem_get_info(device)[0]
-        del runner, hidden_TD
+        del runner, late_thread, hidden_TD
         graph_bytes = _measure_graphs(parts)
     del parts
     _free_bytes(device)
@@ -212,9 +219,12 @@ def _measure_graphs(parts: StageParts) -> int:
     return before - between + each * (len(shapes) - len(largest))
 
 
-def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
+def dearest_step(facts: PipelineFacts, *, num_chunks: int, chained_every: int = 2) -> MicroBatch:
     """As many tokens as a micro-batch and so many rows hold, of rows that all sample with
-    everything that costs memory. Every row writes to the same KV block."""
+    everything that costs memory. Every row writes to the same KV block.
+
+    chained_every: one of so many rows has a chain of samplers, and so has the only one.
+    """
     num_tokens = min(facts.max_batch_tokens, num_chunks * facts.context_length)
     num_tokens_S = np.full(num_chunks, num_tokens // num_chunks, dtype=np.int32)
     num_tokens_S[: num_tokens % num_chunks] += 1
@@ -227,7 +237,6 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         logit_bias=((0, 1.0),),
         num_logprobs=min(MAX_LOGPROBS, facts.vocab_size),
     )
-    # Half of the rows, or the only one, so that both kinds are met.
     chained = replace(
         plain,
         max_tokens=max(1, facts.context_length - int(num_tokens_S.max())),
@@ -240,6 +249,15 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
             dynatemp_range=0.5,
         ),
     )
+    assert chained.chain is not None, "it was given"
+    counted = replace(chained, chain=replace(chained.chain, penalty_window=None))
+    kinds = [
+        (chained, counted)[row // chained_every % 2]
+        if (row + num_chunks) % chained_every == chained_every - 1
+        else plain
+        for row in range(num_chunks)
+    ]
+    late = np.flatnonzero([kind.chain is not None for kind in kinds]).astype(np.int32)
     none = np.zeros(0, dtype=np.int32)
     return MicroBatch(
         step_id=0,
@@ -252,7 +270,7 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         starts=tuple(
             RowStart(
                 row=row,
-                sampling=chained if (row + num_chunks) % 2 else plain,
+                sampling=kinds[row],
                 token_ids=np.zeros(count, dtype=np.int32),
                 num_prompt_tokens=int(count),
             )
@@ -262,6 +280,7 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int) -> MicroBatch:
         block_columns=none,
         block_ids=none,
         needs_step=None,
+        late_seqs_L=late if facts.samples_late else None,
     )
 
 

@@ -14,6 +14,7 @@ from pipeserve.core.batch import MicroBatch
 from pipeserve.runtime.cuda_graphs import StepGraphs
 from pipeserve.runtime.devices import int_tensor
 from pipeserve.runtime.gpu_shapes import GpuShapes
+from pipeserve.runtime.late_sampler import LateSampler
 from pipeserve.runtime.prompt_scorer import PromptScorer, ScoredChunk
 from pipeserve.runtime.sampled import Drawn, Sampled, to_host
 from pipeserve.runtime.sampler import Sampler
@@ -28,7 +29,7 @@ class ModelRunner:
         self,
         *,
         computation: StepComputation,
-        sampler: Sampler | None,
+        sampler: Sampler | LateSampler | None,
         scorer: PromptScorer | None,
         graphs: StepGraphs | None,
         shapes: GpuShapes | None,
@@ -89,22 +90,21 @@ class ModelRunner:
 
     def _sample(
         self,
-        sampler: Sampler,
+        sampler: Sampler | LateSampler,
         batch: MicroBatch,
         logits_SV: Tensor,
         scored: tuple[ScoredChunk, ...],
     ) -> Sampled:
         for start in batch.starts:
             sampler.start(start)
-        rows_S = batch.rows_S[batch.samples_S]
+        rows_S = batch.sampled_rows
         if len(rows_S) == 0:
             nobody_S = int_tensor(rows_S, self._device)
             self._token_pool.publish(batch.step_id, rows_S, nobody_S)
             if scored:
                 return to_host(Drawn(ids_S=nobody_S, logprobs=None), scored)
             return Sampled(ids_S=torch.empty(0, dtype=torch.int32), arrived=None, logprobs=None)
-        positions_S = (batch.first_positions_S + batch.num_tokens_S)[batch.samples_S]
-        drawn = sampler.sample(logits_SV, rows_S, positions_S, batch.masks)
+        drawn = sampler.sample_step(logits_SV, batch)
         self._token_pool.publish(batch.step_id, rows_S, drawn.ids_S)
         return to_host(drawn, scored)
 

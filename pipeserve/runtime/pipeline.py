@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,7 @@ from pipeserve.models.registry import check_model
 from pipeserve.runtime.collector import Collector, Post
 from pipeserve.runtime.cuda_graphs import StepGraphs
 from pipeserve.runtime.hand_off import make_transfers
+from pipeserve.runtime.late_thread import LateThread
 from pipeserve.runtime.link import Handoff, Link
 from pipeserve.runtime.loading import load_decoders
 from pipeserve.runtime.memory import (
@@ -51,14 +53,17 @@ class Pipeline:
         token_pool: TokenPool,
         threads_per_stage: int,
         post: Post,
+        late_thread: LateThread | None = None,
     ) -> None:
         """Start one thread per runner. Pipeline.start makes the runners of a model file.
 
-        transfers: of hidden states, from each stage but the last to the next.
+        transfers: of hidden states, from each stage but the last to the next. late_thread: of the
+        last stage's runner, not begun; None where nothing is sampled late.
         """
         self.facts = facts
         self.cards = cards
         self._token_pool = token_pool
+        self._late_thread = late_thread
         self._links = [Link() for _ in runners]
         last = len(runners) - 1
         self._collector = None
@@ -86,6 +91,9 @@ class Pipeline:
             self._threads.append(self._collector.thread)
         for thread in self._threads:
             thread.start()
+        if late_thread is not None:
+            late_thread.begin(post=post, on_failure=self._end_stages)
+            self._threads.append(late_thread.thread)
 
     @classmethod
     def start(
@@ -97,11 +105,13 @@ class Pipeline:
         post: Post,
         on_progress: OnProgress,
         slowdowns: Sequence[float] | None = None,
+        samples_late: bool | None = None,
     ) -> Pipeline:
         """Check the file, cut its layers over `devices`, load them and start the stages.
 
         `post` is called from stage threads, with every StepOutput in order and at most with one
-        StageFailure per stage. slowdowns: for tests, by how much each of `devices` is made slower.
+        StageFailure per thread. slowdowns: for tests, by how much each of `devices` is made slower.
+        samples_late: for tests, instead of what the last stage's device says.
 
         Raises:
             ModelError: the file cannot be served.
@@ -115,6 +125,8 @@ class Pipeline:
         plan = plan_pipeline(
             model, config, placement.devices, placement.split, rooms=placement.rooms
         )
+        if samples_late is not None:
+            plan = replace(plan, facts=replace(plan.facts, samples_late=samples_late))
         decoders = load_decoders(
             gguf_file,
             plan.model,
@@ -137,15 +149,17 @@ class Pipeline:
         for report in reports:
             torch.cuda.synchronize(report.memory.device)  # stages have streams of their own
             on_progress(LoadReport(text=str(report)))
+        late_thread = _make_late_thread(plan, config)
         return cls(
             facts=plan.facts,
             cards=reports,
-            runners=_make_runners(stages, graphs, placement, slowdowns),
+            runners=_make_runners(stages, graphs, late_thread, placement, slowdowns),
             devices=plan.devices,
             transfers=transfers.hidden,
             token_pool=token_pool,
             threads_per_stage=config.threads_per_stage,
             post=post,
+            late_thread=late_thread,
         )
 
     def submit(self, batch: MicroBatch) -> None:
@@ -162,26 +176,24 @@ class Pipeline:
 
     def describe_stall(self) -> str:
         """Which stage is busy with which step, and for how long; for an error message."""
-        now_s = time.monotonic()
-        busy = [(stage, stage.activity) for stage in self._stages]
-        running = [(activity.since_s, stage, activity) for stage, activity in busy if activity]
-        if not running:
-            return self._describe_awaited(now_s)
-        since_s, stage, activity = min(running, key=lambda item: item[0])
-        return (
-            f"stage {stage.index} ({stage.device}) has been computing step {activity.step_id} "
-            f"for {now_s - since_s:.1f} s"
-        )
-
-    def _describe_awaited(self, now_s: float) -> str:
-        """Stages on GPUs only launch: one that hangs is seen where its results are waited for."""
-        awaited = None if self._collector is None else self._collector.awaited
-        if awaited is None:
+        activities = [(stage, stage.activity) for stage in self._stages]
+        busy = [
+            (now.since_s, f"{stage.name} has been computing step {now.step_id}")
+            for stage, now in activities
+            if now is not None
+        ]
+        # Stages on GPUs only launch: one that hangs is seen where its results are waited for.
+        awaited = None if busy or self._collector is None else self._collector.awaited
+        if awaited is not None:
+            what = f"step {awaited.step_id} was launched on every stage and has not come back"
+            busy.append((awaited.since_s, what))
+        late_s = None if self._late_thread is None else self._late_thread.busy_since_s
+        if late_s is not None:
+            busy.append((late_s, "rows with a chain of samplers have been sampled"))
+        if not busy:
             return "no stage is computing; all wait for work"
-        return (
-            f"step {awaited.step_id} was launched on every stage and has not come back for "
-            f"{now_s - awaited.since_s:.1f} s"
-        )
+        since_s, what = min(busy)
+        return f"{what} for {time.monotonic() - since_s:.1f} s"
 
     def _end_stages(self) -> None:
         for link in self._links:
@@ -189,6 +201,8 @@ class Pipeline:
         self._token_pool.close()
         if self._collector is not None:
             self._collector.close()
+        if self._late_thread is not None:
+            self._late_thread.close()
 
 
 def _make_stages(
@@ -201,13 +215,23 @@ def _make_stages(
     ]
 
 
+def _make_late_thread(plan: PipelinePlan, config: Config) -> LateThread | None:
+    if not plan.facts.samples_late:
+        return None
+    last = len(plan.devices) - 1
+    return LateThread(stage=last, device=plan.devices[last], num_threads=config.threads_per_stage)
+
+
 def _make_runners(
     stages: Sequence[StageParts],
     graphs: Sequence[StepGraphs | None],
+    late_thread: LateThread | None,
     placement: Placement,
     slowdowns: Sequence[float] | None,
 ) -> Sequence[Runner]:
-    runners = [parts.make_runner(own) for parts, own in zip(stages, graphs, strict=True)]
+    runners = [
+        parts.make_runner(own, late_thread) for parts, own in zip(stages, graphs, strict=True)
+    ]
     if slowdowns is None:
         return runners
     factors = [slowdowns[which] for which in placement.order]

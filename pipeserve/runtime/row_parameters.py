@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Method(enum.Enum):
     """After top-k or top-p."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots, for the sake of cached_property
 class SamplingStep:
     """What the rows of one step need."""
 
@@ -42,7 +43,13 @@ class SamplingStep:
     """Which of the step's rows asked for log-probabilities."""
     num_top: int
     """Most alternatives that one of them asked for."""
-    on_device: StepTensors
+    arrays: StepArrays
+    device: torch.device
+
+    @cached_property
+    def on_device(self) -> StepTensors:
+        """The rows' numbers, sent once somebody asks; the host does not wait for them."""
+        return upload(self.arrays, self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,7 +121,7 @@ class RowParameters:
             self._bias.pop(row, None)
 
     def step(self, rows_S: IntArray, positions_S: IntArray) -> SamplingStep:
-        """The rows' numbers go to the device; the host does not wait for them.
+        """What these rows need.
 
         positions_S: where in its sequence each row's token will stand.
         """
@@ -138,7 +145,8 @@ class RowParameters:
             has_bias=len(seqs_E) > 0,
             asked_G=asked_G,
             num_top=min(int(num_logprobs_S.max()), self._vocab_size),
-            on_device=upload(arrays, self._device),
+            arrays=arrays,
+            device=self._device,
         )
 
     def _method(self, rows_S: IntArray) -> Method:

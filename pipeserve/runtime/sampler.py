@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeserve.core.batch import IntArray, RowStart, StepMasks
+from pipeserve.core.batch import IntArray, MicroBatch, RowStart, StepMasks
 from pipeserve.core.constraint import num_words
 from pipeserve.core.sampler_chain import Dry, Mirostat, SamplerChain
 from pipeserve.core.sampling import SamplingParams
@@ -62,6 +62,11 @@ class Sampler:
         if self._chains is not None:
             self._chains.start(start)
 
+    def sample_step(self, logits_SV: Tensor, batch: MicroBatch) -> Drawn:
+        """`sample` for the sampled rows of a step, none of which is late."""
+        assert batch.late_seqs_L is None, "this sampler samples in the step"
+        return self.sample(logits_SV, batch.sampled_rows, batch.sampled_positions, batch.masks)
+
     def sample(
         self,
         logits_SV: Tensor,
@@ -80,7 +85,10 @@ class Sampler:
             if adjusted_SV is logits_SV:
                 adjusted_SV = logits_SV.clone()
             self._kernels.apply_masks(adjusted_SV, *upload_masks(masks, self._device))
-        ids_S = self._draw(adjusted_SV, step)
+        if self._chains is not None and self._chains.draws_all(rows_S):
+            ids_S = torch.empty(len(rows_S), dtype=torch.int64, device=self._device)
+        else:
+            ids_S = self._draw(adjusted_SV, step)
         if self._chains is not None:
             self._chains.sample(adjusted_SV, ids_S, rows_S, positions_S)
         if penalties is not None:

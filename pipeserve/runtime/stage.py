@@ -16,6 +16,7 @@ import torch
 
 from pipeserve.core.batch import MicroBatch, StageFailure
 from pipeserve.runtime.collector import Collector, Post, make_output
+from pipeserve.runtime.devices import stage_stream
 from pipeserve.runtime.link import Handoff, Link
 from pipeserve.runtime.sampled import Sampled
 from pipeserve.runtime.step_clock import make_clock
@@ -81,6 +82,11 @@ class Stage:
         self.thread = threading.Thread(target=self._main, name=f"stage-{index}", daemon=True)
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return f"stage {self.index} ({self.device})"
+
+    @property
     def activity(self) -> Activity | None:
         """What the stage computes now, None while it waits. May be read from any thread."""
         return self._activity
@@ -104,7 +110,7 @@ class Stage:
             yield
             return
         torch.cuda.set_device(self.device)
-        stream = torch.cuda.Stream(self.device)
+        stream = stage_stream(self.device)
         with torch.cuda.stream(stream):
             yield
         # What was launched ahead uses memory that whoever closes the pipeline may free.
@@ -124,7 +130,12 @@ class Stage:
 
     def _receive_tokens(self, batch: MicroBatch) -> bool:
         """On the first stage: take in the ids that decode rows read. False if closed meanwhile."""
-        return self.index > 0 or self._token_pool.receive(batch.needs_step)
+        if self.index > 0:
+            return True
+        is_open = self._token_pool.receive(batch.needs_step)
+        if is_open and batch.given is not None:
+            self._token_pool.give(batch.given)
+        return is_open
 
     def _pass_on(self, handoff: Handoff, result: torch.Tensor | Sampled) -> None:
         if not isinstance(result, Sampled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from pipeserve.runtime import kv_cache
 from pipeserve.runtime.block_table import BlockTable
 from pipeserve.runtime.cuda_graphs import StepGraphs
 from pipeserve.runtime.gpu_shapes import GpuShapes, shapes_for
+from pipeserve.runtime.late_sampler import LateSampler
+from pipeserve.runtime.late_thread import LateThread
 from pipeserve.runtime.model_runner import ModelRunner
 from pipeserve.runtime.prompt_scorer import PromptScorer
 from pipeserve.runtime.sampler import Sampler, compile_kernels
@@ -75,19 +78,28 @@ class StageParts:
         """With nothing captured yet."""
         return StepGraphs(computation=self.computation, shapes=shapes, device=self.device)
 
-    def make_runner(self, graphs: StepGraphs | None) -> ModelRunner:
-        """The runner of a stage; without graphs every step runs eagerly."""
-        sampler = scorer = None
+    def make_runner(
+        self, graphs: StepGraphs | None, late_thread: LateThread | None = None
+    ) -> ModelRunner:
+        """The runner of a stage; without graphs every step runs eagerly. late_thread: where rows
+        of the last stage are sampled late; without, all are sampled in the step."""
+        sampler: Sampler | LateSampler | None = None
+        scorer = None
         if self.computation.samples:
             backend, vocab_size = sampling_backend_for(self.device), self.facts.vocab_size
             if self.device.type == "cuda":
                 compile_kernels(vocab_size=vocab_size, device=self.device, backend=backend)
-            sampler = Sampler(
+            make_sampler = partial(
+                Sampler,
                 num_rows=self.facts.num_rows,
                 vocab_size=vocab_size,
                 device=self.device,
                 backend=backend,
             )
+            if late_thread is None:
+                sampler = make_sampler()
+            else:
+                sampler = LateSampler(make_sampler=make_sampler, thread=late_thread)
             scorer = PromptScorer(
                 decoder=self.computation.decoder, kernels=backend, device=self.device
             )

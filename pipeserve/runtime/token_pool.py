@@ -10,10 +10,11 @@ import queue
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeserve.core.batch import IntArray
+from pipeserve.core.batch import GivenTokens, IntArray
 from pipeserve.runtime.devices import int_tensor
 from pipeserve.runtime.transfer import Arrival, Transfer
 
@@ -27,7 +28,10 @@ class _Published:
 
 class TokenPool:
     """Lies on the first stage's device. Rows of different steps do not disturb each other: a row's
-    next token is sampled only after its previous one was read."""
+    next token is sampled only after its previous one was read.
+
+    What is published of a late row means nothing: its token is given instead, in a step that needs
+    the one in which it was sampled, and so lies over it."""
 
     def __init__(self, *, num_rows: int, device: torch.device, transfer: Transfer) -> None:
         """transfer: from the last stage's device to this one, for num_rows ids."""
@@ -43,6 +47,11 @@ class TokenPool:
         """Send what a step sampled on its way. Steps come in order, also those without a row."""
         arrival = self._transfer.send(ids_S)
         self._queue.put(_Published(step_id=step_id, rows_S=rows_S, ids_S=arrival))
+
+    def give(self, given: GivenTokens) -> None:
+        """Enter tokens that the host knows, behind those of the steps that were received."""
+        given_2G = int_tensor(np.stack((given.rows_G, given.ids_G)), self._device)
+        self._tokens_R.index_copy_(0, given_2G[0], given_2G[1])
 
     def receive(self, needs_step: int | None) -> bool:
         """Enter the tokens up to those of needs_step, once they were sent.

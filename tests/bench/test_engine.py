@@ -158,6 +158,43 @@ def test_the_command_prints_json(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert [path.name for path in (tmp_path / "synthetic").iterdir()] == ["tiny-q4_k_m.gguf"]
 
 
+def test_sequences_with_and_without_a_chain_are_told_apart(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--output", "4", "--batch", "3", "--samplers", "dry:1", "--cache-dir", str(tmp_path)]
+    for form in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*COMMAND, *options, *form])
+        assert ended.value.code == 0
+        out = capfd.readouterr().out
+        if form:
+            (run,) = json.loads(out)["runs"]
+            assert 0 < run["itl_p50_ms"] <= run["itl_p99_ms"]
+            assert 0 < run["chained_itl_p50_ms"] <= run["chained_itl_p99_ms"]
+            assert run["full_batch_tokens_per_s"] is None
+        else:
+            assert "1 sequences by dry" in out.splitlines()[0]
+            assert any(line.startswith("3: ITL ") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samplers", "dry"], "samplers is 'dry'; give one of dry, xtc"),
+        (["--samplers", "dry:2"], "samplers is for 2 sequences of each batch"),
+        (["--samplers", "dry:1", "--clients", "2"], "give no clients"),
+        (["--samplers", "dry:1", "--record", "runs"], "leave record or samplers out"),
+    ],
+)
+def test_samplers_that_make_no_sense_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*COMMAND, *options, "--cache-dir", str(tmp_path)])
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err
+
+
 def test_without_a_card_the_profile_says_so(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

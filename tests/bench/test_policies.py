@@ -42,6 +42,7 @@ from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.attention_cost import AttentionCost, StepWork
 from pipeserve.engine.cohorts import Cohorts
 from pipeserve.engine.engine import Engine, Inbox
+from pipeserve.engine.late_rows import LateRows
 from pipeserve.engine.messages import EngineMessage, Shutdown, Submit, TokenEvents
 from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.prefill_budget import PrefillBudget
@@ -220,7 +221,8 @@ def test_prompts_fill_a_step_unless_they_are_throttled() -> None:
 def test_cohorts_are_evened_out_unless_they_are_not_balanced(
     is_balanced: bool, left: list[int]
 ) -> None:
-    cohorts = Cohorts(count=2, num_look_ahead=1, is_balanced=is_balanced)
+    late_rows = LateRows(is_used=False)
+    cohorts = Cohorts(count=2, num_look_ahead=1, late_rows=late_rows, is_balanced=is_balanced)
     members = [sequence(index) for index in range(8)]
     for each in members:
         cohorts.join(each)

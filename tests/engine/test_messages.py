@@ -15,6 +15,8 @@ from pipeserve.config import Config
 from pipeserve.core import batch, layout, loading
 from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.batch import (
+    GivenTokens,
+    LateOutput,
     MicroBatch,
     PromptLogprobs,
     RowStart,
@@ -143,7 +145,10 @@ EXAMPLES: tuple[Any, ...] = (
         block_ids=np.array([9], np.int32),
         needs_step=2,
         masks=StepMasks(seqs_M=IDS[:1], words_MW=IDS.reshape(1, 3)),
+        late_seqs_L=np.array([0], np.int32),
+        given=GivenTokens(rows_G=IDS[:1], ids_G=IDS[1:2]),
     ),
+    LateOutput(step_id=3, token_ids=IDS[:1], logprobs=LOGPROBS),
     StepOutput(
         step_id=3,
         token_ids=IDS[:1],
@@ -190,7 +195,7 @@ def test_every_message_has_an_example() -> None:
         for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
     }
     nested = {AdmissionParams, SamplingParams, EngineStats, TokenLogprobs, RowStart, StepLogprobs}
-    nested |= {BannedStrings, Grammar, StageWork, StepMasks, TraceMark}
+    nested |= {BannedStrings, GivenTokens, Grammar, StageWork, StepMasks, TraceMark}
     assert {type(message) for message in EXAMPLES} == defined - nested
     unions = (messages.FrontMessage, messages.RouterMessage, messages.StartMessage)
     assert {kind for union in unions for kind in get_args(union)} <= defined

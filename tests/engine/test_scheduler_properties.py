@@ -10,8 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pipeserve.core.admission import AdmissionParams
 from pipeserve.core.constraint import FreeRun
+from pipeserve.core.sampler_chain import SamplerChain
 from pipeserve.core.sampling import SamplingParams
-from pipeserve.engine.messages import FinishReason
+from pipeserve.engine.messages import FinishReason, TokenEvents
 from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.engine.reserve import MEMORY
 from pipeserve.engine.scheduler import Scheduler
@@ -89,6 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         extra_batch_tokens=st.integers(0, 12),
         num_look_ahead=st.integers(0, 1),
+        samples_late=st.booleans(),
         policy=POLICIES,
         expects_short_outputs=st.booleans(),
     )
@@ -100,6 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size: int,
         extra_batch_tokens: int,
         num_look_ahead: int,
+        samples_late: bool,
         policy: AdmissionPolicy,
         expects_short_outputs: bool,
     ) -> None:
@@ -111,6 +114,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             context_length=num_blocks * block_size,
             max_batch_tokens=num_rows + extra_batch_tokens,
             num_look_ahead=num_look_ahead,
+            samples_late=samples_late,
         )
         self.scheduler = Scheduler(self.facts, policy)
         for _ in range(MEMORY if expects_short_outputs else 0):
@@ -141,6 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 seed=self.num_submitted,
                 stop_token_ids=tuple(stops),
                 num_prompt_logprobs=data.draw(st.sampled_from([None, None, None, 0])),
+                chain=data.draw(st.sampled_from([None, None, SamplerChain(typical_p=0.5)])),
             ),
             admission=admission,
             is_constrained=kind == "constrained",
@@ -207,13 +212,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.stages.ready_stages)
     @rule(data=st.data())
     def advance(self, data: st.DataObject) -> None:
-        self.run_stage(data.draw(st.sampled_from(self.stages.ready_stages)))
+        late_first = data.draw(st.booleans())
+        self.run_stage(data.draw(st.sampled_from(self.stages.ready_stages)), late_first=late_first)
 
-    def run_stage(self, index: int) -> None:
+    def run_stage(self, index: int, *, late_first: bool = False) -> None:
+        """late_first: late tokens may overtake the step's others on the way to the engine."""
         output = self.stages.advance(index)
-        if output is None:
-            return
-        events = self.scheduler.update(output)
+        while late_first and self.stages.num_late:
+            self.take_late()
+        if output is not None:
+            self.tell(self.scheduler.update(output))
+
+    @precondition(lambda self: self.stages.num_late)
+    @rule()
+    def take_late(self) -> None:
+        self.tell(self.scheduler.update_late(self.stages.take_late()))
+
+    def tell(self, events: TokenEvents) -> None:
         for sequence, token_ids in self.scheduler.take_constrained_tokens():
             assert sequence.awaits_mask, "a mask is wanted for whom one is missing"
             assert sequence.token_ids[-len(token_ids) :] == list(token_ids)
@@ -256,7 +271,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        while self.live or self.scheduler.has_steps_in_flight:
+        while self.live or self.scheduler.is_owed:
             for seq_id in self.awaiting:
                 self.tell_mask(seq_id)
             for seq_id in self.unwatched:
@@ -264,9 +279,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             while (batch := self.scheduler.schedule()) is not None:
                 self.stages.submit(batch)
             ready = self.stages.ready_stages
-            assert ready or not self.live, "sequences wait but nothing runs"
+            is_late = self.stages.num_late > 0
+            assert ready or is_late or not self.live, "sequences wait but nothing runs"
             for index in ready:
                 self.run_stage(index)
+            while is_late and self.stages.num_late:
+                self.take_late()
         assert self.scheduler.pool.num_free == self.facts.num_blocks
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 

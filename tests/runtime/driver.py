@@ -17,6 +17,9 @@ import numpy as np
 
 from pipeserve.config import Config
 from pipeserve.core.batch import (
+    GivenTokens,
+    IntArray,
+    LateOutput,
     MicroBatch,
     PromptLogprobs,
     RowStart,
@@ -74,6 +77,12 @@ class _Running:
     num_computed: int = 0
     num_sampled: int = 0
     last_sample_step: int | None = None
+    is_late: bool = False
+    """Whether that one sampled late."""
+
+    @property
+    def has_chain(self) -> bool:
+        return self.prompt.sampling.chain is not None
 
     @property
     def is_decoding(self) -> bool:
@@ -97,16 +106,25 @@ class _Part:
     new_blocks: list[tuple[int, int]]
     """(column, block id)."""
 
+    @property
+    def samples(self) -> bool:
+        return self.running.num_computed + self.num_tokens >= len(self.running.prompt.token_ids)
+
 
 class Driver:
     """Owns rows and blocks of a pipeline; `outputs` is what the pipeline posts to."""
 
     def __init__(
-        self, pipeline: Pipeline, outputs: queue.SimpleQueue[StepOutput | StageFailure]
+        self,
+        pipeline: Pipeline,
+        outputs: queue.SimpleQueue[StepOutput | LateOutput | StageFailure],
     ) -> None:
         self.pipeline = pipeline
         self.outputs = outputs
         self.num_steps = 0
+        self.num_late = 0
+        """Tokens that were sampled late."""
+        self._late: dict[int, list[_Running]] = {}
         self._scored: dict[int, Result] = {}
         """By row, which is the name of the sequence."""
         self.stage_busy_s = np.zeros(pipeline.facts.num_stages)
@@ -129,10 +147,11 @@ class Driver:
                 self._take_output(in_flight)
                 continue
             step_id = self.num_steps
-            self.pipeline.submit(self._build(step_id, parts))
-            in_flight[step_id] = self._advance(step_id, parts)
+            late = self._late_parts(parts)
+            self.pipeline.submit(self._build(step_id, parts, late))
+            in_flight[step_id] = self._advance(step_id, parts, late)
             self.num_steps += 1
-        while in_flight:
+        while in_flight or self._late:
             self._take_output(in_flight)
         self._scored.clear()
         return [running.result for running in everyone]
@@ -154,7 +173,7 @@ class Driver:
             for index, r in enumerate(everyone)
             if r in ready
             and r.is_decoding
-            and r.num_unread <= schedule.num_look_ahead
+            and r.num_unread <= self._num_look_ahead(r, schedule)
             and (index % schedule.num_cohorts == cohort or num_in_flight == 0)
         ]
         parts = [self._part(r, 1, free) for r in decoding]
@@ -167,13 +186,24 @@ class Driver:
             budget -= num_tokens
         return parts
 
+    def _num_look_ahead(self, running: _Running, schedule: Schedule) -> int:
+        may_be_late = self.pipeline.facts.samples_late and running.has_chain
+        return 0 if may_be_late else schedule.num_look_ahead
+
+    def _late_parts(self, parts: list[_Part]) -> list[_Part]:
+        """In a step that samples rows without a chain too, those that have one are late."""
+        sampled = [part for part in parts if part.samples]
+        if not self.pipeline.facts.samples_late or all(p.running.has_chain for p in sampled):
+            return []
+        return [part for part in sampled if part.running.has_chain]
+
     def _part(self, running: _Running, num_tokens: int, free: list[int]) -> _Part:
         needed = -(-(running.num_computed + num_tokens) // self.pipeline.facts.block_size)
         new = [(column, int(free.pop())) for column in range(len(running.blocks), needed)]
         running.blocks.extend(block for _, block in new)
         return _Part(running=running, num_tokens=num_tokens, new_blocks=new)
 
-    def _build(self, step_id: int, parts: list[_Part]) -> MicroBatch:
+    def _build(self, step_id: int, parts: list[_Part], late: list[_Part]) -> MicroBatch:
         prefill = [part for part in parts if not part.running.is_decoding]
         needed = [p.running.last_sample_step for p in parts if p.running.is_decoding]
         blocks = [(p.running.row, *new) for p in parts for new in p.new_blocks]
@@ -190,48 +220,73 @@ class Driver:
             rows_S=np.array([p.running.row for p in parts], dtype=np.int32),
             first_positions_S=np.array([p.running.num_computed for p in parts], dtype=np.int32),
             num_tokens_S=np.array([p.num_tokens for p in parts], dtype=np.int32),
-            samples_S=np.array(
-                [
-                    p.running.num_computed + p.num_tokens >= len(p.running.prompt.token_ids)
-                    for p in parts
-                ]
-            ),
+            samples_S=np.array([part.samples for part in parts]),
             prefill_token_ids=np.array([i for chunk in ids for i in chunk], dtype=np.int32),
             starts=tuple(_row_start(p.running) for p in prefill if p.running.num_computed == 0),
             block_rows=block_array[:, 0],
             block_columns=block_array[:, 1],
             block_ids=block_array[:, 2],
             needs_step=max((step for step in needed if step is not None), default=None),
+            late_seqs_L=_late_seqs(parts, late),
+            given=_given([p.running for p in parts if p.running.is_decoding]),
         )
         for array in (batch.rows_S, batch.num_tokens_S, batch.prefill_token_ids, block_array):
             array.setflags(write=False)  # as after a way through another process
         return batch
 
-    def _advance(self, step_id: int, parts: list[_Part]) -> list[_Running]:
+    def _advance(self, step_id: int, parts: list[_Part], late: list[_Part]) -> list[_Running]:
         """Note what the step will have done; returns who samples in it, in order."""
+        if late:
+            self._late[step_id] = [part.running for part in late]
+            self.num_late += len(late)
         samplers = []
         for part in parts:
             part.running.num_computed += part.num_tokens
             if part.running.is_decoding:
                 part.running.num_sampled += 1
                 part.running.last_sample_step = step_id
-                samplers.append(part.running)
+                part.running.is_late = part in late
+                if part not in late:
+                    samplers.append(part.running)
         return samplers
 
     def _take_output(self, in_flight: dict[int, list[_Running]]) -> None:
         output = self.outputs.get(timeout=PATIENCE_S)
+        if isinstance(output, LateOutput):
+            assert output.step_id == min(self._late), "late outputs come in the order of steps"
+            _take_tokens(self._late.pop(output.step_id), output)
+            return
         assert isinstance(output, StepOutput), output
         assert output.step_id == min(in_flight), "outputs come in the order of steps"
         assert len(output.stage_spans) == self.pipeline.facts.num_stages
         self.stage_busy_s += [span.length_s for span in output.stage_spans]
-        samplers = in_flight.pop(output.step_id)
-        assert len(output.token_ids) == len(samplers)
         for scored in output.prompt_logprobs:
             _take_prompt_logprobs(self._scored[scored.seq_id], scored)
-        for index, running in enumerate(samplers):
-            running.result.token_ids.append(int(output.token_ids[index]))
-            if output.logprobs is not None:
-                _take_logprobs(running, output.logprobs, index)
+        _take_tokens(in_flight.pop(output.step_id), output)
+
+
+def _late_seqs(parts: list[_Part], late: list[_Part]) -> IntArray | None:
+    sampled = [part for part in parts if part.samples]
+    seqs = [seq for seq, part in enumerate(sampled) if part in late]
+    return np.array(seqs, dtype=np.int32) if seqs else None
+
+
+def _given(decoding: list[_Running]) -> GivenTokens | None:
+    late = [running for running in decoding if running.is_late]
+    if not late:
+        return None
+    return GivenTokens(
+        rows_G=np.array([running.row for running in late], dtype=np.int32),
+        ids_G=np.array([running.result.token_ids[-1] for running in late], dtype=np.int32),
+    )
+
+
+def _take_tokens(samplers: list[_Running], output: StepOutput | LateOutput) -> None:
+    assert len(output.token_ids) == len(samplers)
+    for index, running in enumerate(samplers):
+        running.result.token_ids.append(int(output.token_ids[index]))
+        if output.logprobs is not None:
+            _take_logprobs(running, output.logprobs, index)
 
 
 def _row_start(running: _Running) -> RowStart:
@@ -274,12 +329,13 @@ def running_driver(
     devices: Sequence[str] = ("cpu", "cpu"),
     *,
     slowdowns: Sequence[float] | None = None,
+    samples_late: bool | None = None,
     **options: object,
 ) -> Iterator[Driver]:
     """A driver on a real pipeline for the model at `path`; ends its threads afterwards."""
     defaults = {"kv_cache_bytes": 64 * 1024**2, "max_num_seqs": 16}
     config = Config(**{**defaults, "cache_dir": timings_folder().name, **options})  # type: ignore[arg-type]
-    outputs: queue.SimpleQueue[StepOutput | StageFailure] = queue.SimpleQueue()
+    outputs: queue.SimpleQueue[StepOutput | LateOutput | StageFailure] = queue.SimpleQueue()
     with GGUFFile.open(path) as gguf_file:
         pipeline = Pipeline.start(
             gguf_file,
@@ -288,6 +344,7 @@ def running_driver(
             post=outputs.put,
             on_progress=lambda event: None,
             slowdowns=slowdowns,
+            samples_late=samples_late,
         )
     try:
         yield Driver(pipeline, outputs)

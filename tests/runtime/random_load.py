@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeserve.config import Config
 from pipeserve.core.admission import AdmissionParams
-from pipeserve.core.batch import IntArray, MicroBatch, PipelineFacts, StepMasks
+from pipeserve.core.batch import IntArray, MicroBatch, PipelineFacts
 from pipeserve.core.sampling import SamplingParams
 from pipeserve.engine.engine import Engine, Inbox
 from pipeserve.engine.messages import (
@@ -35,8 +35,11 @@ from pipeserve.engine.messages import (
 from pipeserve.engine.reserve import OutputReserve
 from pipeserve.engine.stats import EngineStats
 from pipeserve.gguf.reader import GGUFFile
+from pipeserve.runtime.late_sampler import LateSampler
+from pipeserve.runtime.model_runner import ModelRunner
 from pipeserve.runtime.pipeline import Pipeline
-from pipeserve.runtime.sampled import Drawn
+from pipeserve.runtime.prompt_scorer import ScoredChunk
+from pipeserve.runtime.sampled import Sampled
 from pipeserve.runtime.sampler import Sampler
 
 PATIENCE_S = 60.0
@@ -127,6 +130,8 @@ class _WatchedPipeline:
     def __init__(self, pipeline: Pipeline, sequences: dict[int, Served]) -> None:
         self.facts: PipelineFacts = pipeline.facts
         self.sizes: set[StepSize] = set()
+        self.num_late = 0
+        """Tokens that were sampled late."""
         self.sampling: deque[_Sampling] = deque()
         self._pipeline = pipeline
         self._sequences = sequences
@@ -143,13 +148,15 @@ class _WatchedPipeline:
                 num_prefill_tokens=len(batch.prefill_token_ids),
             )
         )
-        rows_S = batch.rows_S[batch.samples_S]
+        if batch.late_seqs_L is not None:
+            self.num_late += len(batch.late_seqs_L)
+        rows_S = batch.sampled_rows
         if len(rows_S):
             owners = [self._owners[row] for row in rows_S.tolist()]
             self.sampling.append(
                 _Sampling(
                     rows_S=rows_S,
-                    positions_S=(batch.first_positions_S + batch.num_tokens_S)[batch.samples_S],
+                    positions_S=batch.sampled_positions,
                     owners=tuple((s, len(s.admitted_lengths) - 1) for s in owners),
                 )
             )
@@ -277,14 +284,24 @@ class LoadedEngine:
 
 @contextmanager
 def loaded_engine(
-    path: Path, devices: Sequence[str], *, record_every: int, **options: object
+    path: Path,
+    devices: Sequence[str],
+    *,
+    record_every: int,
+    samples_late: bool | None = None,
+    **options: object,
 ) -> Iterator[LoadedEngine]:
     """An engine on a real pipeline; the logits of one step in `record_every` are recorded."""
     config = Config(**options)  # type: ignore[arg-type]
     inbox: Inbox = queue.SimpleQueue()
     with GGUFFile.open(path) as gguf_file:
         pipeline = Pipeline.start(
-            gguf_file, config, devices, post=inbox.put, on_progress=lambda event: None
+            gguf_file,
+            config,
+            devices,
+            post=inbox.put,
+            on_progress=lambda event: None,
+            samples_late=samples_late,
         )
     loaded = LoadedEngine(pipeline, inbox, {})
     try:
@@ -302,27 +319,28 @@ def loaded_engine(
 @contextmanager
 def _recording(watched: _WatchedPipeline, every: int) -> Iterator[None]:
     """Only some steps, since copying logits waits for the device and so hides its races."""
-    sample, num_calls = Sampler.sample, itertools.count()
+    sample, num_calls = ModelRunner._sample, itertools.count()
 
     def recording(
-        self: Sampler,
+        self: ModelRunner,
+        sampler: Sampler | LateSampler,
+        batch: MicroBatch,
         logits_SV: Tensor,
-        rows_S: IntArray,
-        positions_S: IntArray,
-        masks: StepMasks | None = None,
-    ) -> Drawn:
-        step = watched.sampling.popleft()
-        np.testing.assert_array_equal(rows_S, step.rows_S)
-        np.testing.assert_array_equal(positions_S, step.positions_S)
-        if next(num_calls) % every == 0:
-            host_SV = logits_SV.float().cpu().clone()
-            keys = zip(step.owners, positions_S.tolist(), strict=True)
-            for index, ((served, admission), position) in enumerate(keys):
-                served.logits[admission, position] = host_SV[index]
-        return sample(self, logits_SV, rows_S, positions_S, masks)
+        scored: tuple[ScoredChunk, ...],
+    ) -> Sampled:
+        if len(batch.sampled_rows):
+            step = watched.sampling.popleft()
+            np.testing.assert_array_equal(batch.sampled_rows, step.rows_S)
+            np.testing.assert_array_equal(batch.sampled_positions, step.positions_S)
+            if next(num_calls) % every == 0:
+                host_SV = logits_SV.float().cpu().clone()
+                keys = zip(step.owners, step.positions_S.tolist(), strict=True)
+                for index, ((served, admission), position) in enumerate(keys):
+                    served.logits[admission, position] = host_SV[index]
+        return sample(self, sampler, batch, logits_SV, scored)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "sample", recording)
+        patch.setattr(ModelRunner, "_sample", recording)
         # With what it learns of outputs, preemption is too rare to be tested.
         patch.setattr(OutputReserve, "num_blocks", lambda self, sequences: 0)
         yield

@@ -18,3 +18,16 @@ def test_the_dearest_step_is_as_large_as_its_rows_allow(num_chunks: int, num_tok
     assert step.num_rows == num_chunks == len(step.starts)
     assert max(step.num_tokens_S) <= 48
     assert max(step.num_tokens_S) - min(step.num_tokens_S) <= 1
+
+
+@pytest.mark.parametrize(("chained_every", "num_chained"), [(1, 5), (2, 3)])
+def test_rows_with_and_without_a_chain_are_met(chained_every: int, num_chained: int) -> None:
+    limits = facts(num_rows=5, num_blocks=64, context_length=48, samples_late=True)
+    step = dearest_step(limits, num_chunks=5, chained_every=chained_every)
+    chained = [start.row for start in step.starts if start.sampling.chain is not None]
+    assert len(chained) == num_chained
+    assert step.late_seqs_L is not None and step.late_seqs_L.tolist() == chained
+    assert any(step.starts[row].sampling.has_penalties for row in chained)
+    assert not all(step.starts[row].sampling.has_penalties for row in chained)
+    (only,) = dearest_step(limits, num_chunks=1).starts
+    assert only.sampling.chain is not None

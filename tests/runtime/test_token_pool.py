@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeserve.core.batch import GivenTokens
 from pipeserve.runtime.token_pool import TokenPool
 from pipeserve.runtime.transfer import Arrival
 
@@ -94,3 +95,16 @@ def test_steps_without_a_row_count_too() -> None:
     assert pool.receive(needs_step=0)
     pool.close()
     assert not pool.receive(needs_step=0)
+
+
+def test_what_is_given_lies_over_what_was_published_before() -> None:
+    """Also where that has not arrived when the step is launched."""
+    pool, transfer = make_pool()
+    publish(pool, 0, [0, 1], [10, 11])
+    publish(pool, 1, [2, 1], [12, 13])
+    assert pool.receive(needs_step=1)
+    one = np.array([1], dtype=np.int32)
+    pool.give(GivenTokens(rows_G=one, ids_G=np.array([77], dtype=np.int32)))
+    assert pool.receive(needs_step=None)
+    assert tokens(pool) == [10, 77, 12, 0]
+    assert [event.num_waits for event in transfer.events] == [1, 1]
