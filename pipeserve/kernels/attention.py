@@ -47,7 +47,6 @@ class PagedAttentionDecode(Protocol):
         scale: float,
         /,
         *,
-        arrivals_SK: Tensor | None = None,
         k_scale_BKP: Tensor | None = None,
         v_scale_BKP: Tensor | None = None,
         window: int | None = None,
@@ -106,14 +105,13 @@ def paged_attention_decode(
     lengths_S: Tensor,
     scale: float,
     *,
-    arrivals_SK: Tensor | None = None,
     k_scale_BKP: Tensor | None = None,
     v_scale_BKP: Tensor | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: Tensor | None = None,
 ) -> Tensor:
-    """The plain twin for the options given, which counts nothing in arrivals_SK."""
+    """The plain twin for the options given."""
     plain = (q_SNH, k_cache_BPKH, v_cache_BPKH, block_table_SB, lengths_S, scale)
     if _are_unset(k_scale_BKP, v_scale_BKP, window, soft_cap, sinks_N):
         return reference.paged_attention_decode(*plain).flatten(1)

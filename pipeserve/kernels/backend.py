@@ -51,9 +51,7 @@ class Backend:
     """Of the float32 residual stream, in dtype."""
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[LinearInput, Tensor]]
     swiglu: Callable[[Tensor], LinearInput]
-    decode_places: Callable[
-        [Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor, Tensor]
-    ]
+    decode_places: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     rotary_angles: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary_and_cache: RotaryAndCache
     paged_attention_decode: PagedAttentionDecode

@@ -10,25 +10,19 @@ from dataclasses import dataclass
 import torch
 
 _MOST_SEGMENTS = 64
-_PREFETCHED = 512
 _FEW_PROGRAMS = 512
 """Wanted at least, where sequences and kv heads are too few to make them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
-    """Launch shape."""
+    """Launch shape: cache positions per tile, fewest tiles per segment, segments, warps, stages."""
 
     tile: int
-    """Cache positions that are taken at once."""
     min_tiles: int
-    """Of a segment, at least."""
     num_segments: int
-    """Of a sequence, at most: a power of 2."""
     num_warps: int
     num_stages: int
-    num_prefetched: int = 0
-    """Positions of each segment that go into the L2 cache while the kernel before still runs."""
 
 
 def decode_config(
@@ -62,7 +56,6 @@ def _cut(programs: int, *, tile: int, num_warps: int, num_stages: int) -> Decode
         num_segments=_num_segments(programs),
         num_warps=num_warps,
         num_stages=num_stages,
-        num_prefetched=_PREFETCHED,
     )
 
 

@@ -35,11 +35,10 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
 
 
 def decode_places(
-    table_RB: Tensor, rows_S: Tensor, positions_S: Tensor, block_size: int, num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of decode rows at these positions: slots_S in the cache, lengths_S with the token itself,
-    their rows of the block table [S, B], and what paged_attention_decode counts with: int32 zeros
-    [S, K].
+    table_RB: Tensor, rows_S: Tensor, positions_S: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of decode rows at these positions: slots_S in the cache, lengths_S with the token itself, and
+    their rows of the block table [S, B].
 
     A filler, whose position is -1, has slot -1 and length 0.
     """
@@ -47,9 +46,7 @@ def decode_places(
     seen_S = positions_S.clamp(min=0)
     blocks_S = table_SB.gather(1, (seen_S // block_size).unsqueeze(1)).squeeze(1)
     slots_S = blocks_S * block_size + seen_S % block_size
-    slots_S = torch.where(positions_S < 0, -1, slots_S)
-    arrivals_SK = slots_S.new_zeros((len(rows_S), num_kv_heads), dtype=torch.int32)
-    return slots_S, positions_S + 1, table_SB, arrivals_SK
+    return torch.where(positions_S < 0, -1, slots_S), positions_S + 1, table_SB
 
 
 def rotary_angles(

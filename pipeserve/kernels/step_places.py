@@ -1,9 +1,9 @@
-"""Where a step's decode rows stand: cache slots, lengths, their rows of the block table, and
-counters for attention, in one launch.
+"""Where a step's decode rows stand: cache slots, lengths and their rows of the block table, in one
+launch.
 
 Launched by the stage thread, capturable in a CUDA graph. Twin: reference.decode_places.
 
-Shapes: S rows of the step, R all rows, B entries of a row of the block table, K kv heads.
+Shapes: S rows of the step, R all rows, B entries of a row of the block table.
 """
 
 # Triton's decorator and its functions' arguments have no types to annotate.
@@ -29,8 +29,8 @@ _BLOCK = 1024
 
 @triton.jit
 def decode_places_kernel(
-    table, rows, positions, slots, lengths, arrivals, out, num_columns, table_stride, block_size,
-    num_kv_heads, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, PDL: tl.constexpr,
+    table, rows, positions, slots, lengths, out, num_columns, table_stride, block_size,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK entries of one row's block table; the first program of a row writes its numbers too."""
     start_next_kernel(PDL)
@@ -46,28 +46,22 @@ def decode_places_kernel(
         slot = tl.load(row_table + seen // block_size) * block_size + seen % block_size
         tl.store(slots + seq, tl.where(position < 0, -1, slot))
         tl.store(lengths + seq, position + 1)
-        head = tl.arange(0, BLOCK_HEADS)
-        zero = tl.zeros((BLOCK_HEADS,), tl.int32)
-        tl.store(arrivals + seq * num_kv_heads + head, zero, mask=head < num_kv_heads)
 
 
 def decode_places(
-    table_RB: Tensor, rows_S: Tensor, positions_S: Tensor, block_size: int, num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slots_S, lengths_S and the rows' block table [S, B], each in the type of its source, and
-    int32 zeros [S, K]."""
+    table_RB: Tensor, rows_S: Tensor, positions_S: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """slots_S, lengths_S and the rows' block table [S, B], each in the type of its source."""
     assert table_RB.stride(1) == 1, "a row of the block table is contiguous"
     assert rows_S.is_contiguous() and positions_S.is_contiguous(), "vectors are contiguous"
     num_seqs, num_columns = len(rows_S), table_RB.shape[1]
     slots_S, lengths_S = torch.empty_like(positions_S), torch.empty_like(positions_S)
     table_SB = table_RB.new_empty((num_seqs, num_columns))
-    arrivals_SK = torch.empty((num_seqs, num_kv_heads), dtype=torch.int32, device=table_RB.device)
     decode_places_kernel[(num_seqs, triton.cdiv(num_columns, _BLOCK))](
-        table_RB, rows_S, positions_S, slots_S, lengths_S, arrivals_SK, table_SB, num_columns,
-        table_RB.stride(0), block_size, num_kv_heads, BLOCK=_BLOCK,
-        BLOCK_HEADS=triton.next_power_of_2(num_kv_heads), **launch_options(table_RB.device),
+        table_RB, rows_S, positions_S, slots_S, lengths_S, table_SB, num_columns,
+        table_RB.stride(0), block_size, BLOCK=_BLOCK, **launch_options(table_RB.device),
     )  # fmt: skip
-    return slots_S, lengths_S, table_SB, arrivals_SK
+    return slots_S, lengths_S, table_SB
 
 
 AOT_CASES: tuple[AotCase, ...] = (
@@ -76,9 +70,8 @@ AOT_CASES: tuple[AotCase, ...] = (
         kernel=decode_places_kernel,
         signature={
             **dict.fromkeys(("table", "rows", "positions", "slots", "lengths", "out"), "*i64"),
-            "arrivals": "*i32",
-            **dict.fromkeys(("num_columns", "table_stride", "block_size", "num_kv_heads"), "i32"),
+            **dict.fromkeys(("num_columns", "table_stride", "block_size"), "i32"),
         },
-        constexprs={"BLOCK": _BLOCK, "BLOCK_HEADS": 8, "PDL": True},
+        constexprs={"BLOCK": _BLOCK, "PDL": True},
     ),
 )

@@ -122,6 +122,10 @@ def _with_bytes(x: LinearInput) -> PreparedRows:
 # The kernels whose output a product takes next: in the forms that it needs beside the floats.
 
 
+_MERGED_ROWS = 32
+"""Attention of more decode rows seldom cuts a sequence."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FormsWanted:
     """Which forms the products on a card take."""
@@ -194,7 +198,8 @@ def paged_attention_decode(
     num_seqs, num_heads, head_dim = q_SNH.shape
     rounded, interleaved_SK = forms.rooms(num_seqs, num_heads * head_dim, q_SNH.device)
     per_scale = FP8_GROUP if isinstance(rounded, Fp8Rows) else ACTIVATION_GROUP
-    if not attention_decode.rounds_output(num_heads, head_dim, per_scale):
+    is_whole = num_seqs > _MERGED_ROWS  # and written without a merge, if nothing else is wanted
+    if is_whole or not attention_decode.rounds_output(num_heads, head_dim, per_scale):
         rounded = None
     out_SNH = attention_decode.paged_attention_decode(
         q_SNH, *places, **options, rounded=rounded, interleaved_SK=interleaved_SK

@@ -42,8 +42,6 @@ class DecodeMetadata:
     lengths_S: Tensor
     """Cache positions that a row's token sees, itself included; 0: the token is not such a row's.
     """
-    arrivals_SK: Tensor | None = None
-    """int32 zeros that the attention of one layer after another counts with; None: of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,9 +187,7 @@ def paged_attention(
     if decode is not None:
         q_SNH = q_TNH[: len(decode.lengths_S)]
         places = (decode.block_table_SB, decode.lengths_S)
-        decoded = kernels.paged_attention_decode(
-            q_SNH, *caches, *places, scale, arrivals_SK=decode.arrivals_SK, **options
-        )
+        decoded = kernels.paged_attention_decode(q_SNH, *caches, *places, scale, **options)
     if prefill is None:
         assert decoded is not None, "a step has rows"
         return decoded

@@ -85,16 +85,14 @@ class StepComputation:
     ) -> AttentionMetadata:
         """Of a step without prefill, by a kernel made for it: such steps are short."""
         table = self.block_table
-        slots_T, lengths_S, table_SB, arrivals_SK = self.decoder.backend.decode_places(
+        slots_T, lengths_S, table_SB = self.decoder.backend.decode_places(
             table.columns(max_length=max_length), inputs.rows_T, inputs.positions_T,
-            table.block_size, self.decoder.config.num_kv_heads,
+            table.block_size,
         )  # fmt: skip
         return AttentionMetadata(
             positions_T=inputs.positions_T,
             slots_T=slots_T,
-            decode=DecodeMetadata(
-                block_table_SB=table_SB, lengths_S=lengths_S, arrivals_SK=arrivals_SK
-            ),
+            decode=DecodeMetadata(block_table_SB=table_SB, lengths_S=lengths_S),
             prefill=None,
         )
 
@@ -108,9 +106,6 @@ class StepComputation:
             decode = DecodeMetadata(
                 block_table_SB=table.rows(inputs.rows_T[:num_decode], max_length=max_length),
                 lengths_S=inputs.lengths_R,
-                arrivals_SK=slots_T.new_zeros(
-                    (num_decode, self.decoder.config.num_kv_heads), dtype=torch.int32
-                ),
             )
         return AttentionMetadata(
             positions_T=inputs.positions_T,

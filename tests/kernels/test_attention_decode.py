@@ -11,7 +11,7 @@ from tests.kernels.attention_cases import AttentionCase, paged_cache
 
 pytest.importorskip("triton", reason="Triton is a development dependency on the CPU")
 
-from pipeserve.kernels import reference, reference_attention
+from pipeserve.kernels import attention_decode, reference, reference_attention
 from pipeserve.kernels.attention_decode import paged_attention_decode
 from pipeserve.kernels.decode_config import DecodeConfig, decode_config
 
@@ -79,16 +79,12 @@ def test_any_launch_shape(
     check(AttentionCase(options={"window": 50}, has_sinks=has_sinks), device, config)
 
 
-def test_arrivals_are_zeros_again(device: torch.device) -> None:
-    cache = paged_cache(AttentionCase(), num_seqs=3, length=90, device=device)
-    q_SNH = torch.randn(3, 4, 64, device=device)
-    lengths_S = torch.tensor([90, 0, 9], device=device)
-    arrivals_SK = torch.zeros(3, 2, dtype=torch.int32, device=device)
-    arguments = (q_SNH, cache.k_BPKH, cache.v_BPKH, cache.block_table_SB, lengths_S, SCALE)
-    first = paged_attention_decode(*arguments, arrivals_SK=arrivals_SK, config=SMALL)
-    assert not arrivals_SK.any()
-    again = paged_attention_decode(*arguments, arrivals_SK=arrivals_SK, config=SMALL)
-    assert torch.equal(first, again)
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_many_rows_merge_the_heads_of_a_group_together(
+    has_sinks: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_decode, "_MOST_MERGES", 0)
+    check(AttentionCase(has_sinks=has_sinks), device, SMALL)
 
 
 @pytest.mark.parametrize(

