@@ -308,7 +308,8 @@ class FakePipeline:
     """FakeStages on a thread of their own, with the interface that the engine expects.
 
     Every step takes `step_s`. Tests may make it fail (`fail_at_step`) or block for ever
-    (`block_at_step`; `blocks_late`: late rows alone), and may hold it (`gate.clear()`) and let it
+    (`block_at_step`; `blocks_late`: late rows alone), have late tokens overtake the step that they
+    are of (`late_first`), and may hold it (`gate.clear()`) and let it
     go on (`gate.set()`).
     """
 
@@ -323,6 +324,7 @@ class FakePipeline:
         fail_at_step: int | None = None,
         block_at_step: int | None = None,
         blocks_late: bool = False,
+        late_first: bool = False,
     ) -> None:
         self.facts = facts
         self._post = post
@@ -331,6 +333,7 @@ class FakePipeline:
         self._fail_at_step = fail_at_step
         self._block_at_step = block_at_step
         self._blocks_late = blocks_late
+        self._late_first = late_first
         self.gate = threading.Event()
         self.gate.set()
         self._inbox: queue.SimpleQueue[MicroBatch | None] = queue.SimpleQueue()
@@ -363,6 +366,8 @@ class FakePipeline:
             for index in range(self.facts.num_stages):
                 output = self._stages.advance(index)
             assert output is not None
-            self._post(output)
+            outputs: list[StepOutput | LateOutput] = [output]
             while self._stages.num_late and not self._blocks_late:
-                self._post(self._stages.take_late())
+                outputs.append(self._stages.take_late())
+            for each in reversed(outputs) if self._late_first else outputs:
+                self._post(each)

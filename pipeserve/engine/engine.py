@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -92,6 +93,8 @@ class Engine:
         self._started_s = time.monotonic()
         self._last_progress_s = self._started_s
         self._last_late_s = self._started_s
+        self._newest_step_id = -1
+        self._late_outputs: deque[LateOutput] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -154,8 +157,7 @@ class Engine:
             case StepOutput():
                 self._take_output(item)
             case LateOutput():
-                self._last_progress_s = self._last_late_s = time.monotonic()
-                self._tell(self._scheduler.update_late(item))
+                self._take_late(item)
             case MasksReady():
                 self._take_masks(item)
             case WatchReady():
@@ -179,10 +181,26 @@ class Engine:
         for scored in output.prompt_logprobs:
             self._post(scored)
         events = self._scheduler.update(output)
+        oldest_late = self._scheduler.oldest_late_step_id
+        if oldest_late is not None and oldest_late >= output.step_id:
+            self._last_late_s = self._last_progress_s  # such tokens are sampled behind their step
         is_idle = not self._scheduler.has_steps_in_flight
         self._recorder.note_output(output.stage_spans, self._last_progress_s, is_idle=is_idle)
         self._timer.note_output(output.stage_spans)
         self._tell(events)
+        self._newest_step_id = output.step_id
+        self._tell_late()
+
+    def _take_late(self, output: LateOutput) -> None:
+        self._last_progress_s = self._last_late_s = time.monotonic()
+        self._late_outputs.append(output)
+        self._tell_late()
+
+    def _tell_late(self) -> None:
+        """Of the steps whose own outputs were told: what else they gave, such as the scores of a
+        prompt, goes before."""
+        while self._late_outputs and self._late_outputs[0].step_id <= self._newest_step_id:
+            self._tell(self._scheduler.update_late(self._late_outputs.popleft()))
 
     def _tell(self, events: TokenEvents) -> None:
         """What has just come out, to all whom it concerns."""

@@ -32,6 +32,11 @@ class LateRows:
         """Steps whose late tokens have not come."""
         return len(self._owed)
 
+    @property
+    def oldest_step_id(self) -> int | None:
+        """Of those."""
+        return next(iter(self._owed), None)
+
     def note_arrival(self, sequence: Sequence) -> None:
         self._has_chains |= self._is_used and sequence.has_chain
 

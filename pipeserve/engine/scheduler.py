@@ -115,6 +115,11 @@ class Scheduler:
         return len(self._late_rows) > 0
 
     @property
+    def oldest_late_step_id(self) -> int | None:
+        """The first step whose late tokens are to come."""
+        return self._late_rows.oldest_step_id
+
+    @property
     def is_owed(self) -> bool:
         """Whether anything is to come from the pipeline."""
         return self.has_steps_in_flight or self.has_late_in_flight

@@ -260,6 +260,7 @@ _FEW_OUTPUTS = (
 """By the tokens of a block; measured on an H200 with the matrices of an 8B model."""
 _MIN_STEPS = 4
 """Of a part."""
+_LEAST_STAGES = 2
 
 
 def choose_fp8_tiling(
@@ -279,13 +280,16 @@ def choose_fp8_tiling(
     num_parts = 1
     while num_parts * 2 <= most_parts and num_tiles * num_parts * 2 <= num_places:
         num_parts *= 2
+    least = replace(variant, num_stages=_LEAST_STAGES, blocks_at_once=1)
+    while num_parts < MAX_BLOCKS and not _fits(least, variant.num_groups(num_columns, num_parts)):
+        num_parts *= 2  # the scales of so many columns leave no room
     variant = _fitted(variant, variant.num_groups(num_columns, num_parts))
     return Fp8Tiling(variant=variant, num_parts=num_parts)
 
 
 def _fitted(variant: Fp8Variant, num_groups: int) -> Fp8Variant:
     """With as many stages, up to its own, as let blocks_at_once fit a multiprocessor."""
-    while variant.num_stages > 2 and not _fits(variant, num_groups):
+    while variant.num_stages > _LEAST_STAGES and not _fits(variant, num_groups):
         variant = replace(variant, num_stages=variant.num_stages - 1)
     return variant
 

@@ -1,7 +1,8 @@
 """ChainSampler: draws for the rows whose parameters have a chain of samplers, apart from the rest.
 
-Runs on the last stage's thread; the host waits for nothing. Rows that go through the same samplers
-are taken together, a few at a time, so that their work space stays small.
+Runs on the last stage's thread or, for late rows, beside it (LateThread); the host waits for
+nothing. Rows that go through the same samplers are taken together, a few at a time, so that their
+work space stays small.
 
 Shapes: S sampled rows of a step, E rows of them taken together, R row slots, V vocabulary,
 W tokens of a window, the newest first.

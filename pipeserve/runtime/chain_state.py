@@ -1,6 +1,6 @@
 """What a chain of samplers remembers of each row on the device: its tokens, and mirostat's state.
 
-Runs on the last stage's thread; the host waits for nothing.
+Runs where ChainSampler does; the host waits for nothing.
 
 Shapes: E rows taken together, R row slots, L positions, W tokens of a window, the newest first.
 """

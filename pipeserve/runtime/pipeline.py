@@ -109,9 +109,10 @@ class Pipeline:
     ) -> Pipeline:
         """Check the file, cut its layers over `devices`, load them and start the stages.
 
-        `post` is called from stage threads, with every StepOutput in order and at most with one
-        StageFailure per thread. slowdowns: for tests, by how much each of `devices` is made slower.
-        samples_late: for tests, instead of what the last stage's device says.
+        `post` is called from stage threads and the late thread, with every StepOutput in order,
+        every LateOutput in order, and at most one StageFailure per thread. slowdowns: for tests, by
+        how much each of `devices` is made slower. samples_late: for tests, instead of what the last
+        stage's device says.
 
         Raises:
             ModelError: the file cannot be served.
@@ -187,13 +188,14 @@ class Pipeline:
         if awaited is not None:
             what = f"step {awaited.step_id} was launched on every stage and has not come back"
             busy.append((awaited.since_s, what))
+        longest = [min(busy)] if busy else []
         late_s = None if self._late_thread is None else self._late_thread.busy_since_s
-        if late_s is not None:
-            busy.append((late_s, "rows with a chain of samplers have been sampled"))
-        if not busy:
+        if late_s is not None:  # which may wait for the step in turn
+            longest.append((late_s, "rows with a chain of samplers have been sampled"))
+        if not longest:
             return "no stage is computing; all wait for work"
-        since_s, what = min(busy)
-        return f"{what} for {time.monotonic() - since_s:.1f} s"
+        now_s = time.monotonic()
+        return ", and ".join(f"{what} for {now_s - since_s:.1f} s" for since_s, what in longest)
 
     def _end_stages(self) -> None:
         for link in self._links:

@@ -1,7 +1,7 @@
 """Sampler: logits of a step to token ids, by each row's own SamplingParams.
 
-Runs on the last stage's thread and owns what that stage knows of each row. The host decides from
-the parameters which kernels a step needs, and waits for none of them.
+Runs on the last stage's thread, that for late rows beside it (LateThread); owns what it knows of
+each row. The host decides from the parameters which kernels a step needs, and waits for none.
 
 Shapes: S sampled rows of a step, R row slots, V vocabulary.
 """

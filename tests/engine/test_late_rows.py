@@ -241,6 +241,38 @@ async def test_the_engine_on_a_pipeline_that_samples_late() -> None:
         assert stats.num_free_blocks == stats.num_blocks
 
 
+async def test_scores_of_a_prompt_are_there_before_a_late_token_that_overtook_them() -> None:
+    late = SamplingParams(max_tokens=1, seed=1, chain=CHAIN, num_logprobs=1, num_prompt_logprobs=1)
+    async with running_engine(
+        pipeline_facts=facts(samples_late=True, num_stages=1), late_first=True
+    ) as running:
+        plain = asyncio.create_task(
+            collect(running.client.generate((1, 2), SamplingParams(max_tokens=60, seed=0)))
+        )
+        for _ in range(10):
+            generation = running.client.generate((5, 6, 7, 8, 9), late)
+            async with generation:
+                async for _ in generation:
+                    assert len(generation.prompt_logprobs) == 4
+        token_ids, _ = await plain
+        assert token_ids == expected_tokens((1, 2), SamplingParams(max_tokens=60, seed=0))
+
+
+async def test_slow_steps_are_no_stall_of_late_tokens() -> None:
+    """Each takes most of the time that nothing may come for."""
+    options = {"step_s": 0.12, "stage_timeout_s": 0.2}
+    async with running_engine(
+        pipeline_facts=facts(samples_late=True, num_stages=1), **options
+    ) as running:
+        plain = SamplingParams(max_tokens=6, seed=0)
+        first = asyncio.create_task(collect(running.client.generate((1, 2), plain)))
+        await asyncio.sleep(0.14)
+        late = replace(plain, max_tokens=2, chain=CHAIN)
+        token_ids, _ = await collect(running.client.generate((1, 2), late))
+        assert token_ids == expected_tokens((1, 2), late)
+        await first
+
+
 async def test_late_tokens_that_never_come_are_noticed_though_steps_go_on() -> None:
     options = {"step_s": 0.002, "blocks_late": True, "stage_timeout_s": 0.2}
     async with running_engine(

@@ -56,6 +56,14 @@ def test_chosen_tilings_fit_a_hopper_card(num_tokens: int, is_grouped: bool) -> 
         assert held <= 228 * 1024
 
 
+@pytest.mark.parametrize("num_columns", [40960, 53248])
+def test_very_wide_matrices_are_cut_until_a_block_fits(num_columns: int) -> None:
+    """The scales of a block's activations grow with its columns."""
+    tiling = choose_fp8_tiling(16384, num_columns, 128, 132, is_grouped=True)
+    num_groups = tiling.variant.num_groups(num_columns, tiling.num_parts)
+    assert tiling.num_parts > 1 and tiling.variant.shared_bytes(num_groups) <= 227 * 1024
+
+
 def test_few_outputs_are_cut_into_parts() -> None:
     """As many as run at once, and no more than have some columns each."""
     assert choose_fp8_tiling(28672, 4096, 1, 132).num_parts == 1
