@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a kernel starts while the one before it in its stream still runs.
 
-Used by the kernels of a decode step, on the stage thread; capturable in a CUDA graph. On NVIDIA
+Used by the kernels of a step, on the stage thread; capturable in a CUDA graph. On NVIDIA
 cards from compute capability 9.0 on; elsewhere nothing of it is compiled.
 
 Three rules make it safe. Every program of such a kernel waits, also one that has nothing to do: so

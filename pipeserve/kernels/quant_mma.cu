@@ -308,8 +308,7 @@ DEVICE void refill(const Maps &maps, const Work &work, int step, bool is_later, 
     constexpr int FREED = (BLOCK - 1 + X_BLOCKS) / X_BLOCKS - 2;  // from the step's first slot of x
     bool is_mine = warp == BLOCK;
     if (FREES_X && (FREED >= 0 || is_later)) {
-        int first = FREED >= 0 ? step * X_PER_STEP : step * X_PER_STEP;
-        int next = first + FREED + X_SLOTS;
+        int next = step * X_PER_STEP + FREED + X_SLOTS;
         if (is_mine && next < work.num_steps * X_PER_STEP) {
             barrier_wait(rings.x_empty + 8 * place.x_refilled.slot, place.x_refilled.parity);
             if (threadIdx.x % 32 == 0) copy_x(maps, work, next, place.x_refilled.slot, rings);
