@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeserve.kernels import dependent_launch
+from pipeserve.kernels.hopper_source import hopper_source
 from pipeserve.kernels.nvrtc import (
     CudaDriverError,
     CudaKernel,
@@ -109,7 +110,7 @@ def position_boxes(cache_BPKH: Tensor) -> Boxes:
 
 def wgmma_source(heads: Heads) -> str:
     """CUDA C++ of one kernel."""
-    instructions = Path(__file__).with_name("attention_wgmma_ptx.cu").read_text()
+    instructions = hopper_source("attention_wgmma_ptx.cu")
     return source_on(heads, instructions.replace("// WGMMA", _products(heads)))
 
 

@@ -27,7 +27,7 @@ struct Ring {
     DEVICE void wait_empty(const Cursor<COUNT> &at) const {
         barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
     }
-    DEVICE void release(const Cursor<COUNT> &at) const { barrier_arrive(empty + 8 * at.slot); }
+    DEVICE void release(const Cursor<COUNT> &at) const { barrier_arrive_of_warp(empty + 8 * at.slot); }
     DEVICE void init() const {
         for (int i = 0; i < COUNT; i++) {
             barrier_init(full + 8 * i, 1);

@@ -1,10 +1,7 @@
 // Instructions that attention_wgmma.cu is written in (PTX ISA, sm_90a). A test puts plain C++ of
 // the same meaning in this file's place.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-#define DEVICE __device__ __forceinline__
+// HOPPER
 
 DEVICE int warp_sum(int value) { return __reduce_add_sync(-1u, value); }
 DEVICE int warp_max(int value) { return __reduce_max_sync(-1u, value); }
@@ -25,10 +22,6 @@ DEVICE int warp_first(bool is_it) {
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #define PARAMETER const __grid_constant__
-
-struct alignas(64) TensorMap {
-    char bytes[128];
-};
 
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
@@ -65,18 +58,6 @@ DEVICE u32 pair_of(float low, float high) {
     return pair;
 }
 
-DEVICE u32 shared_address(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
-DEVICE void barrier_init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-// One arrival per warp, without a branch that the compiler sees: products may be in flight.
-DEVICE void barrier_arrive(u32 barrier) {
-    asm volatile(
-        "{ .reg .pred elected; elect.sync _|elected, -1;\n"
-        "@elected mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier)
-        : "memory");
-}
 // One lane of the warp: the compiler then knows that what it copies is the same for all.
 DEVICE bool is_elected() {
     u32 elected;
@@ -86,27 +67,12 @@ DEVICE bool is_elected() {
         : "=r"(elected));
     return elected;
 }
-DEVICE void barrier_expect(u32 barrier, u32 num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(num_bytes)
-                 : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again; }" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
 DEVICE void named_barrier_sync(int number, int num_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(num_threads) : "memory");
 }
 DEVICE void named_barrier_arrive(int number, int num_threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(num_threads) : "memory");
 }
-
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_NORMAL = 0x1000000000000000ull;
 
 DEVICE void copy_queries(u32 to, const TensorMap &map, int dim, int head, int token, u32 barrier) {
     asm volatile(
@@ -125,12 +91,6 @@ DEVICE void copy_positions(u32 to, const TensorMap &map, int dim, int kv_head, i
         : "memory");
 }
 
-DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-DEVICE void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
 // Nothing computed of these values moves to before this point.
 template <int COUNT>
 DEVICE void settle(float (&values)[COUNT]) {
@@ -138,11 +98,6 @@ DEVICE void settle(float (&values)[COUNT]) {
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-DEVICE void prefetch_map(const TensorMap &map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-DEVICE void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // What is in shared memory can be read by the tensor cores, or written by the copy engine.
 DEVICE void fence_for_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void fence_barriers() {

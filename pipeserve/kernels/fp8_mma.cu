@@ -5,17 +5,8 @@
 // in a fixed order, over distributed shared memory. SHARING blocks of neighbouring outputs may take
 // the same part: each copies its share of the activations to all of them.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-#define DEVICE __device__ __forceinline__
+// HOPPER
 
-DEVICE void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-struct alignas(64) TensorMap {
-    char bytes[128];
-};
 
 constexpr int CONSUMERS = WARPGROUPS * 128;
 constexpr int THREADS = CONSUMERS + 32;  // the last warp starts the copies
@@ -27,18 +18,6 @@ constexpr int STAGE_BYTES = WEIGHT_BYTES + ATOMS * X_ATOM_BYTES;
 constexpr int PITCH = BLOCK_N + 4;       // of the sums' rows: no two threads in one bank
 constexpr int SCALE_PITCH = BLOCK_T + 2;  // of the rows of x's scales
 
-DEVICE u32 shared_address(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
-DEVICE void barrier_init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-// One arrival per warp, without a branch that the compiler sees.
-DEVICE void barrier_arrive_of_warp(u32 barrier) {
-    asm volatile(
-        "{ .reg .pred elected; elect.sync _|elected, -1;\n"
-        "@elected mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier)
-        : "memory");
-}
 // The same on the barrier of another block of the cluster.
 DEVICE void barrier_arrive_of_warp_at(u32 barrier, u32 rank) {
     asm volatile(
@@ -48,29 +27,7 @@ DEVICE void barrier_arrive_of_warp_at(u32 barrier, u32 rank) {
         "r"(rank)
         : "memory");
 }
-DEVICE void barrier_expect(u32 barrier, u32 num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(num_bytes)
-                 : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again; }" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
 
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_NORMAL = 0x1000000000000000ull;
-
-DEVICE void copy_tile(u32 to, const TensorMap &map, int column, int row, u32 barrier, u64 hint) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-        "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(hint)
-        : "memory");
-}
 // To the same places of all blocks of the cluster whose bits are set.
 DEVICE void copy_tile_to(u32 to, const TensorMap &map, int column, int row, u32 barrier, u64 hint,
                          u16 blocks) {
@@ -80,39 +37,8 @@ DEVICE void copy_tile_to(u32 to, const TensorMap &map, int column, int row, u32 
         "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(hint)
         : "memory");
 }
-DEVICE void prefetch_map(const TensorMap &map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 
 // WGMMA
-
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-DEVICE void cluster_wait_for_readers() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
-DEVICE u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-DEVICE u32 cluster_size() {
-    u32 size;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-DEVICE float4 load_of_rank(u32 address, u32 rank) {
-    float4 value;
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
-        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there]; }"
-        : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-        : "r"(address), "r"(rank));
-    return value;
-}
 
 struct Maps {
     TensorMap weights, x;

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeserve.kernels import dependent_launch
 from pipeserve.kernels.fp8_reference import Fp8Rows, Fp8Weight
+from pipeserve.kernels.hopper_source import hopper_source
 from pipeserve.kernels.nvrtc import (
     CudaDriverError,
     CudaKernel,
@@ -160,7 +160,7 @@ def _map(codes: Tensor, box_rows: int) -> bytes:
 
 def fp8_mma_source(variant: Fp8Variant) -> str:
     """CUDA C++ of one kernel."""
-    text = Path(__file__).with_name("fp8_mma.cu").read_text()
+    text = hopper_source("fp8_mma.cu")
     constants = {
         "BLOCK_T": variant.block_t,
         "WARPGROUPS": variant.warpgroups,

@@ -3,10 +3,7 @@
 // STAGES steps of 256 columns in flight. The blocks of a cluster take parts of the columns of the
 // same outputs; their sums are added in a fixed order, over distributed shared memory.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-#define DEVICE __device__ __forceinline__
+// HOPPER
 
 DEVICE u32 prmt(u32 a, u32 b, u32 select) {
     u32 d;
@@ -48,14 +45,8 @@ DEVICE void load_shared_u128(u32 (&to)[4], u32 address) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(address));
 }
-DEVICE void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // UNPACK
-
-struct alignas(64) TensorMap {
-    char bytes[128];
-};
 
 constexpr int THREADS = WARPGROUPS * 128;
 constexpr int BLOCK_N = WARPGROUPS * TILES * 64;
@@ -72,11 +63,6 @@ constexpr int COPIED_BYTES = MINS_AT + MIN_BYTES;
 constexpr int STAGE_BYTES = (COPIED_BYTES + 1023) / 1024 * 1024;
 constexpr int PITCH = BLOCK_N + 4;  // of the sums' rows: no two threads in one bank
 
-DEVICE u32 shared_address(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
-DEVICE void barrier_init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
 // One arrival per warp. Neither branch nor thread index: the compiler would take products that are
 // in flight across it one at a time.
 DEVICE void barrier_arrive_if(u32 condition, u32 barrier) {
@@ -87,68 +73,10 @@ DEVICE void barrier_arrive_if(u32 condition, u32 barrier) {
         "r"(barrier)
         : "memory");
 }
-DEVICE void barrier_expect(u32 barrier, u32 num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(num_bytes)
-                 : "memory");
-}
-// No branch that the compiler sees: it would move sums about between products in flight.
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again; }" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
 
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_NORMAL = 0x1000000000000000ull;
 
-DEVICE void copy_tile(u32 to, const TensorMap &map, int column, int row, u32 barrier, u64 hint) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-        "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(hint)
-        : "memory");
-}
-
-DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-DEVICE void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
 
 // WGMMA
-
-// Until all threads of the cluster are here and what they wrote to shared memory can be read.
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-DEVICE void cluster_wait_for_readers() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
-DEVICE u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-DEVICE u32 cluster_size() {
-    u32 size;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-DEVICE float4 load_of_rank(u32 address, u32 rank) {
-    float4 value;
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
-        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there]; }"
-        : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-        : "r"(address), "r"(rank));
-    return value;
-}
 
 // What a block works on. parts: of the columns, one for each block of the cluster.
 struct Work {
@@ -459,9 +387,6 @@ DEVICE Work work_of(int num_token_tiles, int num_all_steps) {
     return work;
 }
 
-DEVICE void prefetch_map(const TensorMap &map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     quant_mma(const __grid_constant__ Maps maps, const void *supers, const void *words,

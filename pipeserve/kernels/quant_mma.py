@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeserve.kernels import dependent_launch
+from pipeserve.kernels.hopper_source import hopper_source
 from pipeserve.kernels.interleaved_rows import INTERLEAVED_COLUMNS, interleave_rows
 from pipeserve.kernels.nvrtc import (
     CudaDriverError,
@@ -210,7 +211,7 @@ def _weight_maps(weight: PlanarWeight, block_n: int) -> bytes:
 def mma_source(type_name: str, variant: MmaVariant, out_dtype: torch.dtype) -> str:
     """CUDA C++ of one kernel."""
     folder = Path(__file__).parent
-    text = (folder / "quant_mma.cu").read_text()
+    text = hopper_source("quant_mma.cu")
     text = text.replace("// UNPACK", (folder / "quant_mma_unpack.cu").read_text())
     text = text.replace("// WGMMA", _multiply_add(variant.block_t))
     constants = layout_constants(LAYOUTS[type_name]) | {

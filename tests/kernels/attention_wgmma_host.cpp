@@ -204,7 +204,7 @@ static void arrive(u32 barrier) {
     here.check();
     progress++;
 }
-DEVICE void barrier_arrive(u32 barrier) {
+DEVICE void barrier_arrive_of_warp(u32 barrier) {
     with_warp(0, [=](Warp &) { arrive(barrier); });
 }
 DEVICE bool is_elected() { return lane() == 0; }
