@@ -127,8 +127,7 @@ def test_few_rows(
     x = fp8_rows(num_tokens, num_columns, device, grouped=grouped)
     bias = torch.randn(num_rows, device=device).bfloat16()
     tiling = RowsTiling(
-        block_n=64, block_t=16, block_k=128, num_warps=4, num_stages=3, num_parts=num_parts,
-        ahead=256,
+        block_n=64, block_t=16, block_k=128, num_warps=4, num_stages=3, num_parts=num_parts
     )  # fmt: skip
     got = multiply_rows(x, weight, bias, tiling=tiling)
     wanted = fp8_reference.scaled_product(x, weight, bias)
