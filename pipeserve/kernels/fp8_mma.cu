@@ -107,16 +107,25 @@ DEVICE u64 descriptor(u32 address) {
     return (u64)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// With GROUPED, by all warps but the last. Past the matrix's columns x is 0 and has no scale.
+// With GROUPED, by all warps but the last; no copy waits for another. Past the matrix's columns x
+// is 0 and has no scale.
 DEVICE void load_scales(const float *x_scales, const Work &work, int num_tokens, int num_groups,
                         float *to) {
     int first = work.first_step * ATOMS, count = work.num_steps * ATOMS;
-    for (int i = threadIdx.x; i < BLOCK_T * count; i += CONSUMERS) {
-        int token = i / count, group = i % count;
+    int tokens_on = CONSUMERS / count, groups_on = CONSUMERS % count;
+    int token = threadIdx.x / count, group = threadIdx.x % count;
+    u32 at = shared_address(to);
+    while (token < BLOCK_T) {
         bool is_inside = work.first_token + token < num_tokens && first + group < num_groups;
         size_t index = (size_t)(work.first_token + token) * num_groups + first + group;
-        to[group * SCALE_PITCH + token] = is_inside ? x_scales[index] : 0.0f;
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                         at + 4 * (group * SCALE_PITCH + token)),
+                     "l"(is_inside ? x_scales + index : x_scales), "r"(is_inside ? 4 : 0)
+                     : "memory");
+        token += tokens_on, group += groups_on;
+        if (group >= count) group -= count, token++;
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 }
 
