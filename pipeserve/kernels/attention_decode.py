@@ -96,13 +96,13 @@ def decode_segments_kernel(
     """partial [S, N, G, H] and lse [S, N, G] float32; segments past the length stay unwritten.
     Where DIRECT, a sequence of one segment goes to out instead."""
     start_next_kernel(PDL)
-    wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
     length = tl.load(lengths_ptr + seq).to(tl.int32)
     first, base, span = _segment(length, window, min_tiles, NUM_SEGMENTS, TILE)
     start = base + segment * span
+    wait_for_inputs(PDL)
     if start >= length:
         return
     end = tl.minimum(start + span, length)
@@ -172,10 +172,10 @@ def decode_merge_kernel(
     """Weigh the segments of HEADS query heads; 0 where the sequence has no length. Where DIRECT, a
     sequence of one segment is there already."""
     start_next_kernel(PDL)
-    wait_for_inputs(PDL)
     seq = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + seq).to(tl.int32)
     _, base, span = _segment(length, window, min_tiles, NUM_SEGMENTS, TILE)
+    wait_for_inputs(PDL)
     if DIRECT and length > 0 and base + span >= length:
         return
     segments_G = tl.arange(0, NUM_SEGMENTS)

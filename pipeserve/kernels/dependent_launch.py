@@ -4,8 +4,10 @@ Used by the kernels of a step, on the stage thread; capturable in a CUDA graph. 
 cards from compute capability 9.0 on; elsewhere nothing of it is compiled.
 
 Three rules make it safe. Every program of such a kernel waits, also one that has nothing to do: so
-a kernel that has ended says that all before it have. Before it waits, it reads only what was
-there when the model was loaded, and writes nothing. It lets the next kernel start at any time.
+a kernel that has ended says that all before it have. Before it waits, it writes nothing, and reads
+only what was there when the model was loaded or what kernels in front of the last plain launch have
+written: rotary_angles is launched plainly, behind what says where a step's rows stand. It lets the
+next kernel start at any time.
 (PTX: griddepcontrol; the CUDA programming guide, programmatic dependent launch.)
 """
 

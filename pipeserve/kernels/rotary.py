@@ -38,15 +38,12 @@ def rotary_angles_kernel(
     scale,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One token per program: cosines twice, minus sines and sines."""
-    start_next_kernel(PDL)
     token = tl.program_id(0).to(tl.int64)
     pairs_R = tl.arange(0, BLOCK)
     is_pair_R = pairs_R < HALF
     frequency_R = tl.load(frequencies_ptr + pairs_R, is_pair_R, other=0.0)
-    wait_for_inputs(PDL)
     angle_R = tl.load(positions_ptr + token).to(tl.float32) * frequency_R
     cos_R, sin_R = tl.cos(angle_R) * scale, tl.sin(angle_R) * scale
     offset_R = token * (2 * HALF) + pairs_R
@@ -150,7 +147,8 @@ def rotary_and_cache_kernel(
 def rotary_angles(
     positions_T: Tensor, frequencies_R: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """cos_TR and sin_TR as the twin lays them out, in one tensor."""
+    """cos_TR and sin_TR as the twin lays them out, in one tensor. A plain launch: what follows may
+    read what was written before it without waiting (dependent_launch)."""
     num_tokens, half = len(positions_T), len(frequencies_R)
     assert positions_T.is_contiguous() and frequencies_R.is_contiguous(), "vectors are contiguous"
     angles_2TR = frequencies_R.new_empty((2, num_tokens, 2 * half))
@@ -165,7 +163,6 @@ def rotary_angles(
             HALF=half,
             BLOCK=triton.next_power_of_2(half),
             num_warps=1,
-            **launch_options(positions_T.device),
         )
     return cos_TR, sin_TR
 
@@ -270,7 +267,7 @@ AOT_CASES = (
             "sin_ptr": "*fp32",
             "scale": "fp32",
         },
-        constexprs={"HALF": 64, "BLOCK": 64, "PDL": True},
+        constexprs={"HALF": 64, "BLOCK": 64},
         num_warps=1,
     ),
     _rotary_case("f16_128", cache="fp16", head_dim=128),
