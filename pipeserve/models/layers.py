@@ -3,8 +3,8 @@
 Runs on one stage thread. What differs per step comes in as AttentionMetadata, never from a global;
 knows nothing of sequences, scheduling or files.
 
-Shapes: T tokens, S sequences, D model dim, M all heads of the fused projection, H head dim, B
-blocks, P position in block, K kv heads, V vocabulary.
+Shapes: T tokens, W wanted ones, S sequences, D model dim, E all query heads, M all heads of the
+fused projection, H head dim, B blocks, P position in block, K kv heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -115,9 +115,18 @@ class Decoder:
         return self.embedding(token_ids_T)
 
     def forward(
-        self, x_TD: Tensor, caches: Sequence[LayerCache], metadata: AttentionMetadata
+        self,
+        x_TD: Tensor,
+        caches: Sequence[LayerCache],
+        metadata: AttentionMetadata,
+        *,
+        wanted_W: Tensor | None = None,
     ) -> Tensor:
-        """Run the layers: [T, D] -> [T, D] float32; writes keys and values to the caches."""
+        """Run the layers: [T, D] -> [T, D] float32; writes keys and values to the caches.
+
+        wanted_W: which tokens' output is wanted, of a step with prefill -> [W, D]. The last layer
+        ends at its attention for the others: nothing reads what it would make of them.
+        """
         config, kernels, eps = self.config, self.backend, self.config.rms_eps
         angles = kernels.rotary_angles(
             metadata.positions_T, self.rotary_frequencies, rotary_scale(config.rope_scaling)
@@ -129,7 +138,13 @@ class Decoder:
                 normed_TD, residual_TD = kernels.add_rms_norm(
                     x_TD, residual_TD, layer.attention_norm_D, eps
                 )
-            x_TD = _attention(layer, config, kernels, normed_TD, angles, cache, metadata)
+            attended_TE = _attention(layer, config, kernels, normed_TD, angles, cache, metadata)
+            if wanted_W is not None and layer is self.layers[-1]:
+                if len(wanted_W) == 0:
+                    return residual_TD[:0]
+                attended_TE = values_of(attended_TE).index_select(0, wanted_W)
+                residual_TD = residual_TD.index_select(0, wanted_W)
+            x_TD = layer.output(attended_TE)
             normed_TD, residual_TD = kernels.add_rms_norm(x_TD, residual_TD, layer.ffn_norm_D, eps)
             x_TD = layer.down(kernels.swiglu(layer.gate_up(normed_TD)))
         return x_TD + residual_TD
@@ -149,7 +164,8 @@ def _attention(
     angles: tuple[Tensor, Tensor],
     cache: LayerCache,
     metadata: AttentionMetadata,
-) -> Tensor:
+) -> LinearInput:
+    """[T, E], for the output projection."""
     qkv_TMH = layer.qkv(x_TD).unflatten(1, (-1, config.head_dim))
     q_TNH = kernels.rotary_and_cache(
         qkv_TMH,
@@ -161,7 +177,7 @@ def _attention(
         v_scale_BKP=cache.v_scale_BKP,
     )
     scale = config.head_dim**-0.5
-    return layer.output(paged_attention(layer, kernels, q_TNH, cache, metadata, scale=scale))
+    return paged_attention(layer, kernels, q_TNH, cache, metadata, scale=scale)
 
 
 def paged_attention(
@@ -173,7 +189,7 @@ def paged_attention(
     *,
     scale: float,
 ) -> LinearInput:
-    """Attention of decode rows and prefill chunks, each by its own kernel -> [T, N * H]."""
+    """Attention of decode rows and prefill chunks, each by its own kernel -> [T, E]."""
     decode, prefill = metadata.decode, metadata.prefill
     caches = (cache.k_BPKH, cache.v_BPKH)
     options: dict[str, Any] = {

@@ -61,6 +61,9 @@ class DeviceTimes:
     """By kind of layer."""
     head: Curve
     """Final norm, output head and sampling, by rows that sample."""
+    spared: Curve
+    """What the model's last layer takes less than others of its kind, by prompt tokens: its
+    feed-forward is computed for sampled tokens alone."""
     step_s: float
     """Of a step whatever it has to compute."""
 
@@ -74,6 +77,7 @@ class DeviceTimes:
                 for kind, times in self.layers.items()
             },
             head=self.head.scaled(factor),
+            spared=self.spared.scaled(factor),
             step_s=self.step_s * factor,
         )
 
@@ -100,8 +104,11 @@ class Mix:
         )
 
     def head_s(self, times: DeviceTimes) -> float:
-        """The head's, per output token: each passes it once, prompt tokens do not."""
-        return self.per_output_token_s(times.head.at(self.rows), 0.0)
+        """The head's, per output token: each passes it once, prompt tokens do not, and it spares
+        them a part of the last layer, so that it may be negative."""
+        return self.per_output_token_s(
+            times.head.at(self.rows), -times.spared.at(self.chunk_tokens)
+        )
 
     def step_s(self, times: DeviceTimes) -> float:
         """What steps take without their layers, per output token."""
@@ -125,7 +132,8 @@ class StageTimes:
     def prefill_s(self, num_tokens: float) -> float:
         """Of a step that computes so many prompt tokens and samples nothing."""
         layers_s = sum(self.times.layers[kind].prefill.at(num_tokens) for kind in self.kinds)
-        return self.times.step_s + layers_s
+        spared_s = self.times.spared.at(num_tokens) if self.has_head else 0.0
+        return self.times.step_s + layers_s - spared_s
 
 
 def decode_tokens_per_s(stages: Sequence[StageTimes], num_sequences: int) -> float:

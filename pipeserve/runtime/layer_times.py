@@ -163,7 +163,15 @@ class _Trial:
                 [index for index, own in enumerate(kinds) if own == kind]
             )
             steps_s.append(step_s)
-        return DeviceTimes(layers=layers, head=self._measure_head(), step_s=min(steps_s))
+        decoder = self._load_last_layer()
+        head, step_s = self._measure_head(decoder), min(steps_s)
+        others_s = layers[kinds[-1]].prefill.at(self._sizes.chunk_tokens)
+        return DeviceTimes(
+            layers=layers,
+            head=head,
+            spared=self._measure_spared(decoder, others_s=others_s, step_s=step_s, head=head),
+            step_s=step_s,
+        )
 
     def _measure_kind(self, indices: Sequence[int]) -> tuple[LayerTimes, float]:
         """One layer of those, and what a step takes beside its layers."""
@@ -212,12 +220,28 @@ class _Trial:
         prepare_kernels(decoder)
         return decoder
 
-    def _measure_head(self) -> Curve:
-        """Final norm, head and a draw at temperature 1."""
-        num_layers, device = self._model.num_layers, self._device
-        last = LayerRange(first=num_layers - 1, end=num_layers, num_layers=num_layers)
+    def _load_last_layer(self) -> Decoder:
+        """With the head."""
+        end = self._model.num_layers
+        last = LayerRange(first=end - 1, end=end, num_layers=end)
         decoder = find_family(self._file).load(self._model, last, self._weights())
         prepare_kernels(decoder)
+        return decoder
+
+    def _measure_spared(
+        self, decoder: Decoder, *, others_s: float, step_s: float, head: Curve
+    ) -> Curve:
+        """Of the last layer, where others of its kind take others_s for a prefill step."""
+        batch = self._prefill_batch()
+        whole_s = self._prefill_s(self._make_parts(replace(decoder, embedding=None)))
+        last_s = whole_s - step_s - head.at(batch.num_rows)
+        # Noise must not make a layer faster than nothing.
+        spared_s = min(max(0.0, others_s - last_s), others_s)
+        return Curve(sizes=(self._sizes.chunk_tokens,), seconds=(spared_s,))
+
+    def _measure_head(self, decoder: Decoder) -> Curve:
+        """Final norm, head and a draw at temperature 1."""
+        device = self._device
         sampling = sampling_backend_for(device)
 
         def sampled_s(num_rows: int) -> float:
@@ -281,12 +305,19 @@ class _Trial:
         return seconds_per_call(capture(call, self._stream), self._device)
 
     def _prefill_s(self, parts: StageParts) -> float:
-        batch = _prefill_batch(self._sizes.chunk_tokens, self._chunk_length, self._facts.num_rows)
-        return seconds_per_call(capture(self._step(parts, batch), self._stream), self._device)
+        call = self._step(parts, self._prefill_batch())
+        return seconds_per_call(capture(call, self._stream), self._device)
+
+    def _prefill_batch(self) -> MicroBatch:
+        return _prefill_batch(self._sizes.chunk_tokens, self._chunk_length, self._facts.num_rows)
 
     def _step(self, parts: StageParts, batch: MicroBatch) -> Call:
-        is_padded = parts.shapes is not None and batch.num_decode_rows == 0
-        shape = parts.shapes.find(batch) if is_padded and parts.shapes else exact_shape(batch)
+        shapes = parts.shapes if batch.num_decode_rows == 0 else None
+        shape = (
+            exact_shape(batch)
+            if shapes is None
+            else shapes.find_captured(batch) or shapes.find(batch)
+        )
         most_positions = int((batch.first_positions_S + batch.num_tokens_S).max())
         max_length = None if self._device.type == "cuda" else most_positions
         inputs = StepInputs.of(int_tensor(pack(batch, shape), self._device), shape)

@@ -60,7 +60,8 @@ class ModelRunner:
         if not self._scorer.is_wanted(batch):
             return self._sample(self._sampler, batch, self._compute(batch, hidden_TD), ())
         # Eagerly: a graph does not keep the hidden states of all tokens.
-        inputs, x_TD = self._hidden(batch, hidden_TD)
+        inputs, hidden_TD, max_length = self._inputs(batch, hidden_TD)
+        x_TD = self._computation.hidden(inputs, hidden_TD, max_length=max_length)
         logits_SV = self._computation.sampled_logits(inputs, x_TD)[: int(batch.samples_S.sum())]
         return self._sample(self._sampler, batch, logits_SV, self._scorer.score(batch, x_TD))
 
@@ -68,15 +69,15 @@ class ModelRunner:
         out = None if self._graphs is None else self._graphs.replay(batch, hidden_TD)
         if out is not None:
             return out
-        inputs, x_TD = self._hidden(batch, hidden_TD)
-        if self._computation.samples:
-            return self._computation.sampled_logits(inputs, x_TD)[: int(batch.samples_S.sum())]
-        return x_TD[: batch.num_tokens]
+        inputs, hidden_TD, max_length = self._inputs(batch, hidden_TD)
+        out = self._computation(inputs, hidden_TD, max_length=max_length)
+        return out[: int(batch.samples_S.sum()) if self._computation.samples else batch.num_tokens]
 
-    def _hidden(
+    def _inputs(
         self, batch: MicroBatch, hidden_TD: Tensor | None
-    ) -> tuple[StepInputs[Tensor], Tensor]:
-        """What the stage's layers make of a step, fillers included."""
+    ) -> tuple[StepInputs[Tensor], Tensor | None, int | None]:
+        """What an eager step is computed from, with fillers where steps have shapes, and its
+        max_length."""
         if self._shapes is None:
             shape, max_length = exact_shape(batch), _most_positions(batch)
         else:
@@ -86,7 +87,7 @@ class ModelRunner:
                 padded_TD[: len(hidden_TD)].copy_(hidden_TD)
                 hidden_TD = padded_TD
         inputs = StepInputs.of(int_tensor(pack(batch, shape), self._device), shape)
-        return inputs, self._computation.hidden(inputs, hidden_TD, max_length=max_length)
+        return inputs, hidden_TD, max_length
 
     def _sample(
         self,

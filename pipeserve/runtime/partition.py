@@ -42,7 +42,7 @@ class DeviceCosts:
     layer_s: tuple[float, ...]
     """Of each layer of the model; per output token of the mix, as all times here."""
     head_s: float
-    """Paid by the last stage."""
+    """Paid by the last stage; negative where that spares it more of its last layer."""
     stage_s: float
     """Paid by every stage."""
     weights: WeightBytes

@@ -55,23 +55,38 @@ class StepComputation:
         hidden_TD: the previous stage's output, None on the first stage. max_length: of the rows,
         where the host knows it; without, the shapes depend on the inputs' shapes alone.
         """
-        x_TD = self.hidden(inputs, hidden_TD, max_length=max_length)
-        return self.sampled_logits(inputs, x_TD) if self.samples else x_TD
+        if not self.samples:
+            return self.hidden(inputs, hidden_TD, max_length=max_length)
+        wanted_N = inputs.sampled_tokens_N if len(inputs.chunk_rows_C) > 0 else None
+        return self._logits(self._forward(inputs, hidden_TD, max_length, wanted_N))
 
     def hidden(
         self, inputs: StepInputs[Tensor], hidden_TD: Tensor | None, *, max_length: int | None
     ) -> Tensor:
         """[T, D] behind this stage's last layer; arguments as of a call."""
-        x_TD = self._embed(inputs) if hidden_TD is None else hidden_TD
-        return self.decoder.forward(x_TD, self.caches, self._metadata(inputs, max_length))
+        return self._forward(inputs, hidden_TD, max_length, None)
 
     def sampled_logits(self, inputs: StepInputs[Tensor], x_TD: Tensor) -> Tensor:
         """[N, V] float32 of the last stage's hidden states."""
         if len(inputs.chunk_rows_C) > 0:
             x_TD = x_TD.index_select(0, inputs.sampled_tokens_N)
-        if len(x_TD) == 0:
-            return x_TD.new_empty((0, self.decoder.config.vocab_size))
-        return self.decoder.logits(x_TD)
+        return self._logits(x_TD)
+
+    def _forward(
+        self,
+        inputs: StepInputs[Tensor],
+        hidden_TD: Tensor | None,
+        max_length: int | None,
+        wanted_N: Tensor | None,
+    ) -> Tensor:
+        x_TD = self._embed(inputs) if hidden_TD is None else hidden_TD
+        metadata = self._metadata(inputs, max_length)
+        return self.decoder.forward(x_TD, self.caches, metadata, wanted_W=wanted_N)
+
+    def _logits(self, x_ND: Tensor) -> Tensor:
+        if len(x_ND) == 0:
+            return x_ND.new_empty((0, self.decoder.config.vocab_size))
+        return self.decoder.logits(x_ND)
 
     def _embed(self, inputs: StepInputs[Tensor]) -> Tensor:
         ids_T = self.token_pool.read(inputs.rows_T)

@@ -24,10 +24,17 @@ def line(at_none: float, slope: float, sizes: tuple[int, ...] = ROWS) -> Curve:
     return Curve(sizes=sizes, seconds=tuple(at_none + slope * size for size in sizes))
 
 
-def device_times(*, fixed_s: float, row_s: float, head_s: float = 0.0) -> DeviceTimes:
+def device_times(
+    *, fixed_s: float, row_s: float, head_s: float = 0.0, spared_s: float = 0.0, step_s: float = 0.0
+) -> DeviceTimes:
     layer = LayerTimes(decode=line(fixed_s, row_s), prefill=line(0.0, row_s, (512, 2048)))
     wide = LayerTimes(decode=line(2 * fixed_s, row_s), prefill=line(0.0, 3 * row_s, (512, 2048)))
-    return DeviceTimes(layers={"narrow": layer, "wide": wide}, head=line(head_s, 0.0), step_s=0.0)
+    return DeviceTimes(
+        layers={"narrow": layer, "wide": wide},
+        head=line(head_s, 0.0),
+        spared=line(spared_s, 0.0, (512, 2048)),
+        step_s=step_s,
+    )
 
 
 def pipeline(times: DeviceTimes, *split: int) -> list[StageTimes]:
@@ -59,8 +66,8 @@ def test_a_stage_costs_what_its_layers_and_head_do(
     rows: int, chunk: int, kinds: list[str], has_head: bool, factor: float
 ) -> None:
     """What is cut by (the sum over layers) is what is foretold of a stage."""
-    times = device_times(fixed_s=1e-3, row_s=1e-5, head_s=2e-3).scaled(factor)
-    times = DeviceTimes(layers=times.layers, head=times.head, step_s=1e-4)
+    times = device_times(fixed_s=1e-3, row_s=1e-5, head_s=2e-3, spared_s=4e-3, step_s=1e-4)
+    times = times.scaled(factor)
     mix = Mix(rows=rows, chunk_tokens=chunk)
     stage = StageTimes(times=times, kinds=kinds, has_head=has_head)
     layers_s = sum(mix.layer_s(times.layers[kind]) for kind in kinds)
@@ -102,3 +109,9 @@ def test_the_slowest_stage_sets_the_pace() -> None:
     assert prefill_tokens_per_s(
         pipeline(device_times(fixed_s=1.0, row_s=1e-3), 3, 1), 1000
     ) == pytest.approx(1000 / 3.0)
+    assert prefill_tokens_per_s(
+        pipeline(device_times(fixed_s=1.0, row_s=1e-3, spared_s=0.75), 2, 2), 1000
+    ) == pytest.approx(1000 / 2.0), "the first stage has no last layer"
+    assert prefill_tokens_per_s(
+        pipeline(device_times(fixed_s=1.0, row_s=1e-3, spared_s=0.75), 1, 3), 1000
+    ) == pytest.approx(1000 / 2.25)

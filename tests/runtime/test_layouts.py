@@ -49,7 +49,7 @@ def given_times(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         kinds = layer_kinds(gguf_file, model.num_layers, stage_backend(device, config))
         head = Curve(sizes=(1, 64), seconds=(0.0, 0.0))
-        return DeviceTimes(layers=dict.fromkeys(kinds, layer), head=head, step_s=0.0)
+        return DeviceTimes(layers=dict.fromkeys(kinds, layer), head=head, spared=head, step_s=0.0)
 
     monkeypatch.setattr(survey, "_times", times)
 

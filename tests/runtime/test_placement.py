@@ -61,6 +61,7 @@ def given_times(kinds: tuple[str, ...], facts: object) -> DeviceTimes:
     return DeviceTimes(
         layers={kind: layer(1.0 + (kind != kinds[0])) for kind in kinds},
         head=Curve(sizes=(1, 64), seconds=(2e-3, 4e-3)),
+        spared=Curve(sizes=(256,), seconds=(4e-3,)),
         step_s=1e-4,
     )
 
