@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,30 @@ of the backend's type, in both ways, or as Fp8Weight."""
 Weights = Literal["quantised", "both", "bf16", "fp8"]
 Activations = Literal["auto", "f16", "int8"]
 
+InputForm = Literal["values", "e4m3"]
+"""What the product takes that follows."""
+
 BiasedWeight = tuple[PlanarWeight, Tensor | None]
+
+
+class AddRmsNorm(Protocol):
+    """As the twin, for a product that takes this form: many tokens in e4m3 may be nothing else."""
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        form: InputForm = "values",
+    ) -> tuple[LinearInput, Tensor]: ...
+
+
+class SwiGLU(Protocol):
+    """Likewise."""
+
+    def __call__(self, gate_up_TF: Tensor, *, form: InputForm = "values") -> LinearInput: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +72,8 @@ class Backend:
     """Of matrices, as far as their types and the model allow."""
     rms_norm: Callable[[Tensor, Tensor, float], LinearInput]
     """Of the float32 residual stream, in dtype."""
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[LinearInput, Tensor]]
-    swiglu: Callable[[Tensor], LinearInput]
+    add_rms_norm: AddRmsNorm
+    swiglu: SwiGLU
     decode_places: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     rotary_angles: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary_and_cache: RotaryAndCache
@@ -69,6 +92,21 @@ class Backend:
     should know of a kernel that cannot be had."""
 
 
+def _reference_add_rms_norm(
+    x_TD: Tensor,
+    residual_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    *,
+    form: InputForm = "values",
+) -> tuple[LinearInput, Tensor]:
+    return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+
+
+def _reference_swiglu(gate_up_TF: Tensor, *, form: InputForm = "values") -> LinearInput:
+    return reference.swiglu(gate_up_TF)
+
+
 def _reference_quant_linear(x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None) -> Tensor:
     return functional.linear(values_of(x), quant_reference.dequantise(weight), bias_N)
 
@@ -85,8 +123,8 @@ REFERENCE = Backend(
     dtype=torch.float32,
     weight_form="dense",
     rms_norm=reference.rms_norm,
-    add_rms_norm=reference.add_rms_norm,
-    swiglu=reference.swiglu,
+    add_rms_norm=_reference_add_rms_norm,
+    swiglu=_reference_swiglu,
     decode_places=reference.decode_places,
     rotary_angles=reference.rotary_angles,
     rotary_and_cache=attention.rotary_and_cache,

@@ -24,7 +24,7 @@ FEW_ROWS = 128
 
 def fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
     """x W^T + b [T, N] in bf16."""
-    rows = x.e4m3 if isinstance(x, PreparedRows) else None
+    rows = x.e4m3 if isinstance(x, PreparedRows) else x if isinstance(x, Fp8Rows) else None
     if rows is None:
         rows = quantise_tokens(values_of(x))
     num_tokens, device = rows.codes_TK.shape[0], rows.codes_TK.device

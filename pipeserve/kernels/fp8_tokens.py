@@ -27,6 +27,7 @@ from pipeserve.kernels.dependent_launch import (
     wait_for_inputs,
 )
 from pipeserve.kernels.fp8_reference import Fp8Rows
+from pipeserve.kernels.quant_split import has_ptx
 
 
 @triton.jit
@@ -40,6 +41,20 @@ def _e4m3_bits(magnitude):
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     steps = (magnitude * 512.0 + 12582912.0) - 12582912.0
     return tl.where(magnitude < 0.015625, steps.to(tl.int32), normal)
+
+
+@triton.jit
+def token_codes(value, peak, ASM: tl.constexpr):
+    """_e4m3_codes; with ASM by the instruction that such cards have, to the same bits."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high;\n\t"
+            "cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;\n\t"
+            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;\n\t"
+            "mov.b32 $0, {low, high}; }",
+            "=r,f,f,f,f", [value * (448.0 / peak)], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return _e4m3_codes(value, peak)
 
 
 @triton.jit
@@ -66,8 +81,9 @@ def store_e4m3(value_K, codes, scales, first_column, num_columns, COLUMNS: tl.co
 
 @triton.jit
 def quantise_tokens_kernel(
-    x, codes, scales, num_columns, x_stride, BLOCK_K: tl.constexpr, PDL: tl.constexpr
-):
+    x, codes, scales, num_columns, x_stride, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """One token per program. Constants are those of fp8_reference: LEAST_PEAK and LARGEST."""
     start_next_kernel(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -76,7 +92,7 @@ def quantise_tokens_kernel(
     value = tl.load(x + token * x_stride + column, mask=column < num_columns, other=0)
     value = value.to(tl.float32)
     peak = tl.maximum(tl.max(tl.abs(value), 0), 1e-10)
-    code = _e4m3_codes(value, peak)
+    code = token_codes(value, peak, ASM)
     tl.store(codes + token * num_columns + column, code, mask=column < num_columns)
     tl.store(scales + token, peak * (1 / 448.0))
 
@@ -99,7 +115,8 @@ def quantise_tokens(x_TK: Tensor) -> Fp8Rows:
     block = triton.next_power_of_2(num_columns)
     quantise_tokens_kernel[(num_tokens,)](
         x_TK, rows.codes_TK.view(torch.uint8), rows.scales_TG, num_columns, x_TK.stride(0),
-        BLOCK_K=block, num_warps=min(16, max(1, block // 512)), **launch_options(x_TK.device),
+        BLOCK_K=block, ASM=has_ptx(x_TK.device), num_warps=min(16, max(1, block // 512)),
+        **launch_options(x_TK.device),
     )  # fmt: skip
     return rows
 
@@ -115,8 +132,9 @@ AOT_CASES: tuple[AotCase, ...] = tuple(
             "num_columns": "i32:16",
             "x_stride": "i32:16",
         },
-        constexprs={"BLOCK_K": block, "PDL": True},
+        constexprs={"BLOCK_K": block, "ASM": True, "PDL": True},
         num_warps=num_warps,
+        needs_e4m3=True,
     )
     for dtype, block, num_warps in (("bf16", 4096, 8), ("bf16", 32768, 16), ("fp32", 1024, 2))
 )

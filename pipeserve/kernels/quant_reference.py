@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeserve.kernels.fp8_reference import Fp8Rows
+from pipeserve.kernels.fp8_reference import Fp8Rows, values_of_rows
 from pipeserve.kernels.quant_layout import PLANE_BYTES, UNIT, PlanarWeight
 
 ACTIVATION_GROUP = 32
@@ -50,12 +50,17 @@ class PreparedRows:
     """Of the values."""
 
 
-LinearInput = Tensor | PreparedRows
+LinearInput = Tensor | PreparedRows | Fp8Rows
 
 
 def values_of(x: LinearInput) -> Tensor:
     """The floats [T, K]."""
-    return x.values_TK if isinstance(x, PreparedRows) else x
+    match x:
+        case PreparedRows():
+            return x.values_TK
+        case Fp8Rows():
+            return values_of_rows(x)
+    return x
 
 
 def quantise_rows(x_TK: Tensor) -> QuantisedRows:

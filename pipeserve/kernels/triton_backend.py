@@ -10,8 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeserve.kernels import attention_decode, attention_prefill, fp8_tokens, fused, rotary
-from pipeserve.kernels.backend import Activations, Backend, BiasedWeight, WeightForm, Weights
+from pipeserve.kernels import (
+    attention_decode,
+    attention_prefill,
+    fp8_fused,
+    fp8_tokens,
+    fused,
+    rotary,
+)
+from pipeserve.kernels.backend import (
+    Activations,
+    Backend,
+    BiasedWeight,
+    InputForm,
+    WeightForm,
+    Weights,
+)
 from pipeserve.kernels.fp8 import FEW_ROWS, fp8_linear
 from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
 from pipeserve.kernels.quant_dequant import dequantise
@@ -115,7 +129,7 @@ def _bytes_of(x: LinearInput) -> QuantisedRows:
 
 
 def _with_bytes(x: LinearInput) -> PreparedRows:
-    prepared = x if isinstance(x, PreparedRows) else PreparedRows(values_TK=x)
+    prepared = x if isinstance(x, PreparedRows) else PreparedRows(values_TK=values_of(x))
     return dataclasses.replace(prepared, rounded=_bytes_of(x))
 
 
@@ -136,13 +150,17 @@ class FormsWanted:
     has_e4m3: bool = False
     """Few rows as 8-bit floats, and none in another form."""
 
+    def is_e4m3_alone(self, num_tokens: int, form: InputForm) -> bool:
+        """Whether such a product takes nothing but 8-bit floats by a scale per token."""
+        return self.has_e4m3 and form == "e4m3" and num_tokens > FEW_ROWS
+
     def rooms(
-        self, num_tokens: int, num_columns: int, device: torch.device
+        self, num_tokens: int, num_columns: int, device: torch.device, form: InputForm = "values"
     ) -> tuple[QuantisedRows | Fp8Rows | None, Tensor | None]:
         """Rounded and interleaved rows to be written, where they are wanted."""
         rounded = interleaved_TK = None
         if self.has_e4m3:
-            if num_tokens > FEW_ROWS or num_columns % FP8_GROUP:
+            if form != "e4m3" or num_tokens > FEW_ROWS or num_columns % FP8_GROUP:
                 return None, None
             return fp8_tokens.empty_rows(num_tokens, num_columns, FP8_GROUP, device), None
         if self.has_bytes and num_tokens <= self.products.most_byte_rows(device):
@@ -173,20 +191,28 @@ def rms_norm(forms: FormsWanted, x_TD: Tensor, weight_D: Tensor, eps: float) -> 
 
 
 def add_rms_norm(
-    forms: FormsWanted, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
-) -> tuple[LinearInput, Tensor]:
+    forms: FormsWanted, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float,
+    *, form: InputForm = "values",
+) -> tuple[LinearInput, Tensor]:  # fmt: skip
     """fused.add_rms_norm."""
-    rounded, interleaved_TD = forms.rooms(x_TD.shape[0], x_TD.shape[1], x_TD.device)
+    num_tokens, dim = x_TD.shape
+    if forms.is_e4m3_alone(num_tokens, form):
+        return fp8_fused.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+    rounded, interleaved_TD = forms.rooms(num_tokens, dim, x_TD.device, form)
     normed_TD, sum_TD = fused.add_rms_norm(
         x_TD, residual_TD, weight_D, eps, rounded=rounded, interleaved_TD=interleaved_TD
     )
     return _prepared(normed_TD, rounded, interleaved_TD), sum_TD
 
 
-def swiglu(forms: FormsWanted, gate_up_TF: Tensor) -> LinearInput:
+def swiglu(
+    forms: FormsWanted, gate_up_TF: Tensor, *, form: InputForm = "values"
+) -> LinearInput:  # fmt: skip
     """fused.swiglu."""
     num_tokens, twice = gate_up_TF.shape
-    rounded, interleaved_TF = forms.rooms(num_tokens, twice // 2, gate_up_TF.device)
+    if forms.is_e4m3_alone(num_tokens, form):
+        return fp8_fused.swiglu(gate_up_TF)
+    rounded, interleaved_TF = forms.rooms(num_tokens, twice // 2, gate_up_TF.device, form)
     out_TF = fused.swiglu(gate_up_TF, rounded=rounded, interleaved_TF=interleaved_TF)
     return _prepared(out_TF, rounded, interleaved_TF)
 
@@ -196,7 +222,7 @@ def paged_attention_decode(
 ) -> LinearInput:
     """attention_decode.paged_attention_decode."""
     num_seqs, num_heads, head_dim = q_SNH.shape
-    rounded, interleaved_SK = forms.rooms(num_seqs, num_heads * head_dim, q_SNH.device)
+    rounded, interleaved_SK = forms.rooms(num_seqs, num_heads * head_dim, q_SNH.device, "e4m3")
     per_scale = FP8_GROUP if isinstance(rounded, Fp8Rows) else ACTIVATION_GROUP
     is_whole = num_seqs > _MERGED_ROWS  # and written without a merge, if nothing else is wanted
     if is_whole or not attention_decode.rounds_output(num_heads, head_dim, per_scale):
@@ -205,6 +231,21 @@ def paged_attention_decode(
         q_SNH, *places, **options, rounded=rounded, interleaved_SK=interleaved_SK
     )
     return _prepared(out_SNH.flatten(1), rounded, interleaved_SK)
+
+
+def _plain_add_rms_norm(
+    x_TD: Tensor,
+    residual_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    *,
+    form: InputForm = "values",
+) -> tuple[LinearInput, Tensor]:
+    return fused.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+
+
+def _plain_swiglu(gate_up_TF: Tensor, *, form: InputForm = "values") -> LinearInput:
+    return fused.swiglu(gate_up_TF)
 
 
 def _plain_attention_decode(*inputs: Any, **options: Any) -> Tensor:
@@ -286,8 +327,8 @@ def _dense_backend(products: QuantProducts) -> Backend:
         _planar_backend(products, has_bytes=False),
         dtype=dtype,
         rms_norm=partial(fused.rms_norm, dtype=dtype),
-        add_rms_norm=fused.add_rms_norm,
-        swiglu=fused.swiglu,
+        add_rms_norm=_plain_add_rms_norm,
+        swiglu=_plain_swiglu,
         paged_attention_decode=_plain_attention_decode,
         dequantise=partial(dequantise, dtype=dtype),
         quant_linear=partial(f16_linear, products),

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeserve.kernels.backend import Backend
 from pipeserve.kernels.quant_reference import LinearInput, values_of
 from pipeserve.models.config import ModelConfig
-from pipeserve.models.linear import Embedding, Linear
+from pipeserve.models.linear import Embedding, Linear, input_form
 from pipeserve.models.rotary import rotary_scale
 
 
@@ -136,7 +136,7 @@ class Decoder:
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if index > 0:
                 normed_TD, residual_TD = kernels.add_rms_norm(
-                    x_TD, residual_TD, layer.attention_norm_D, eps
+                    x_TD, residual_TD, layer.attention_norm_D, eps, form=input_form(layer.qkv)
                 )
             attended_TE = _attention(layer, config, kernels, normed_TD, angles, cache, metadata)
             if wanted_W is not None and layer is self.layers[-1]:
@@ -145,8 +145,11 @@ class Decoder:
                 attended_TE = values_of(attended_TE).index_select(0, wanted_W)
                 residual_TD = residual_TD.index_select(0, wanted_W)
             x_TD = layer.output(attended_TE)
-            normed_TD, residual_TD = kernels.add_rms_norm(x_TD, residual_TD, layer.ffn_norm_D, eps)
-            x_TD = layer.down(kernels.swiglu(layer.gate_up(normed_TD)))
+            normed_TD, residual_TD = kernels.add_rms_norm(
+                x_TD, residual_TD, layer.ffn_norm_D, eps, form=input_form(layer.gate_up)
+            )
+            gate_up_TF = layer.gate_up(normed_TD)
+            x_TD = layer.down(kernels.swiglu(gate_up_TF, form=input_form(layer.down)))
         return x_TD + residual_TD
 
     def logits(self, x_SD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeserve.kernels.backend import Backend
+from pipeserve.kernels.backend import Backend, InputForm
 from pipeserve.kernels.fp8_reference import Fp8Weight
 from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_reference import LinearInput, values_of
@@ -142,6 +142,11 @@ def stack_linears(parts: Sequence[Linear], backend: Backend) -> Linear:
     if len(quantised) == len(parts):
         return StackedQuantLinear(quantised, backend)
     return StackedLinear(parts)
+
+
+def input_form(linear: Linear) -> InputForm:
+    """What it takes best."""
+    return "e4m3" if isinstance(linear, Fp8Linear) else "values"
 
 
 def planar_weights(linear: Linear) -> list[PlanarWeight]:

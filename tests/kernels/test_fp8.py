@@ -8,14 +8,14 @@ import torch
 from pipeserve.kernels import fp8_reference, quant_reference
 from pipeserve.kernels.backend import REFERENCE, Backend
 from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows, Fp8Weight
-from pipeserve.kernels.quant_reference import PreparedRows
+from pipeserve.kernels.quant_reference import PreparedRows, values_of
 from tests.kernels.attention_cases import AttentionCase, paged_cache
 from tests.kernels.quant_cases import relative_error
 
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
 
 from pipeserve.kernels import fused
-from pipeserve.kernels.fp8 import fp8_linear, multiply_many
+from pipeserve.kernels.fp8 import FEW_ROWS, fp8_linear, multiply_many
 from pipeserve.kernels.fp8_rows import RowsTiling, choose_tiling, multiply_rows, shared_bytes
 from pipeserve.kernels.fp8_tokens import quantise_tokens
 from pipeserve.kernels.quant_round import round_rows
@@ -169,15 +169,37 @@ def test_activations_are_rounded_where_they_are_made(dim: int, device: torch.dev
     residual = torch.randn(3, dim, device=device)
     weight = torch.rand(dim, device=device)
     gate_up = torch.cat([x, residual.bfloat16()], dim=1)
-    normed, total = backend.add_rms_norm(x, residual, weight, 1e-5)
+    normed, total = backend.add_rms_norm(x, residual, weight, 1e-5, form="e4m3")
     plain, plain_total = fused.add_rms_norm(x, residual, weight, 1e-5)
-    gated = backend.swiglu(gate_up)
+    gated = backend.swiglu(gate_up, form="e4m3")
     assert isinstance(normed, PreparedRows) and isinstance(gated, PreparedRows)
     assert torch.equal(normed.values_TK, plain) and torch.equal(total, plain_total)
     assert torch.equal(gated.values_TK, fused.swiglu(gate_up))
     for prepared in (normed, gated):
         assert prepared.e4m3 is not None
         assert_rounded(prepared.e4m3, prepared.values_TK, FP8_GROUP)
+
+
+@pytest.mark.parametrize("dim", [256, 1152])
+def test_many_tokens_leave_8_bit_floats_alone(dim: int, device: torch.device) -> None:
+    """By a scale per token, from views of wider rows, as rounding the floats would have it."""
+    torch.manual_seed(0)
+    num_tokens = FEW_ROWS + 2
+    backend = gpu_backend("fp8", "auto")
+    x = torch.randn(num_tokens, dim + 16, device=device).bfloat16()[:, :dim]
+    residual = torch.randn(num_tokens, dim + 32, device=device)[:, :dim]
+    weight = torch.rand(dim, device=device)
+    gate_up = torch.randn(num_tokens, 2 * dim, device=device).bfloat16()
+    gate_up[1] = 0
+    normed, total = backend.add_rms_norm(x, residual, weight, 1e-5, form="e4m3")
+    plain, plain_total = fused.add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(total, plain_total)
+    gated = backend.swiglu(gate_up, form="e4m3")
+    for rows, floats in ((normed, plain), (gated, fused.swiglu(gate_up))):
+        assert isinstance(rows, Fp8Rows)
+        assert_rounded(rows, floats)
+        assert relative_error(values_of(rows), floats) < 4e-2
+    assert isinstance(backend.swiglu(gate_up, form="values"), torch.Tensor)
 
 
 def test_attention_rounds_its_output(device: torch.device) -> None:
@@ -193,11 +215,11 @@ def test_attention_rounds_its_output(device: torch.device) -> None:
 
 
 def test_what_is_not_rounded_where_it_is_made(device: torch.device) -> None:
-    """More rows than our kernels take, rows of no whole groups, heads shorter than a group."""
+    """What a dense matrix takes, rows of no whole groups, heads shorter than a group."""
     backend = gpu_backend("fp8", "auto")
-    many, odd = (torch.ones(*size, device=device).bfloat16() for size in ((129, 256), (1, 288)))
-    assert isinstance(backend.swiglu(many), torch.Tensor)
-    assert isinstance(backend.swiglu(odd), torch.Tensor)
+    few, odd = (torch.ones(*size, device=device).bfloat16() for size in ((2, 256), (1, 288)))
+    assert isinstance(backend.swiglu(few, form="values"), torch.Tensor)
+    assert isinstance(backend.swiglu(odd, form="e4m3"), torch.Tensor)
     case = AttentionCase(num_heads=4, head_dim=64, kv=torch.bfloat16)
     cache = paged_cache(case, num_seqs=1, length=16, device=device)
     attended = backend.paged_attention_decode(
@@ -265,8 +287,8 @@ def test_kernels_that_start_early_wait_for_each_other(
     def layers(backend: Backend) -> torch.Tensor:
         x, residual = start.to(backend.dtype), start
         for _ in range(10):
-            normed, residual = backend.add_rms_norm(x, residual, norm, 1e-5)
-            gated = backend.swiglu(backend.fp8_linear(normed, gate_up, None))
+            normed, residual = backend.add_rms_norm(x, residual, norm, 1e-5, form="e4m3")
+            gated = backend.swiglu(backend.fp8_linear(normed, gate_up, None), form="e4m3")
             x = backend.fp8_linear(gated, down, None)
         return x
 
