@@ -51,6 +51,19 @@ class AddRmsNorm(Protocol):
     ) -> tuple[LinearInput, Tensor]: ...
 
 
+class QuantLinear(Protocol):
+    """x W^T + b for a planar matrix, [T, K] -> [T, N], in the type of out_TN if that is given."""
+
+    def __call__(
+        self,
+        x: LinearInput,
+        weight: PlanarWeight,
+        bias_N: Tensor | None,
+        *,
+        out_TN: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 class SwiGLU(Protocol):
     """Likewise."""
 
@@ -81,15 +94,14 @@ class Backend:
     paged_attention_prefill: PagedAttentionPrefill
     dequantise: Callable[[PlanarWeight], Tensor]
     """A planar matrix [N, K] in dtype."""
-    quant_linear: Callable[[LinearInput, PlanarWeight, Tensor | None], Tensor]
-    """x W^T + b for a planar matrix: [T, K] -> [T, N]."""
+    quant_linear: QuantLinear
     stacked_quant_linear: Callable[[LinearInput, Sequence[BiasedWeight]], Tensor]
     """The same for matrices of several types, outputs side by side."""
     fp8_linear: Callable[[LinearInput, Fp8Weight, Tensor | None], Tensor]
     """The same for a matrix in e4m3."""
-    prepare: Callable[[Sequence[PlanarWeight]], str | None]
-    """Compile what these matrices' products take, where that is better done ahead; what the user
-    should know of a kernel that cannot be had."""
+    prepare: Callable[[Sequence[PlanarWeight], Sequence[PlanarWeight]], str | None]
+    """Compile what these matrices' products take, where that is better done ahead, those of the
+    second in float32, too; what the user should know of a kernel that cannot be had."""
 
 
 def _reference_add_rms_norm(
@@ -107,8 +119,11 @@ def _reference_swiglu(gate_up_TF: Tensor, *, form: InputForm = "values") -> Line
     return reference.swiglu(gate_up_TF)
 
 
-def _reference_quant_linear(x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None) -> Tensor:
-    return functional.linear(values_of(x), quant_reference.dequantise(weight), bias_N)
+def _reference_quant_linear(
+    x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None, *, out_TN: Tensor | None = None
+) -> Tensor:
+    product_TN = functional.linear(values_of(x), quant_reference.dequantise(weight), bias_N)
+    return product_TN if out_TN is None else out_TN.copy_(product_TN)
 
 
 def _reference_stacked_quant_linear(x: LinearInput, parts: Sequence[BiasedWeight]) -> Tensor:
@@ -134,7 +149,7 @@ REFERENCE = Backend(
     quant_linear=_reference_quant_linear,
     stacked_quant_linear=_reference_stacked_quant_linear,
     fp8_linear=_reference_fp8_linear,
-    prepare=lambda weights: None,
+    prepare=lambda weights, wide: None,
 )
 """Plain torch in float32: the CPU path."""
 

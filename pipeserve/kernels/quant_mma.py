@@ -279,13 +279,15 @@ def why_not_loaded(type_name: str, variant: MmaVariant, device: torch.device) ->
     return None
 
 
-def compile_ahead(kernels: Sequence[tuple[str, MmaVariant]]) -> None:
+def compile_ahead(
+    kernels: Sequence[tuple[str, MmaVariant]], *, out_dtype: torch.dtype = torch.float16
+) -> None:
     """Machine code of (type, variant) into the cache on all cores, about 0.3 s of one core each;
     failures are left to who loads it."""
 
     def compile_one(kernel: tuple[str, MmaVariant]) -> None:
         with contextlib.suppress(CudaDriverError, OSError):
-            cached_cubin(mma_source(*kernel, torch.float16), ARCH)
+            cached_cubin(mma_source(*kernel, out_dtype), ARCH)
 
     num_threads = max(1, min(len(kernels), os.cpu_count() or 1))
     with ThreadPoolExecutor(num_threads, thread_name_prefix="nvrtc") as executor:

@@ -78,7 +78,8 @@ def multiply(
     way: BatchWay, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None = None,
     *, out_TN: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x W^T + b [T, N] in x's type, in out_TN if given, whose rows may lie anywhere."""
+    """x W^T + b [T, N] in x's type, in out_TN if given, in x's type or float32, whose rows may lie
+    anywhere."""
     x_TK = values_of(x)
     match way:
         case Mma(tiling=tiling):
@@ -94,6 +95,9 @@ def multiply(
                 weight_NK = dequantise(weight, x_TK.dtype)
     if out_TN is None:
         return functional.linear(x_TK, weight_NK, bias_N)
+    if out_TN.dtype != x_TK.dtype:
+        torch.mm(x_TK, weight_NK.t(), out_dtype=out_TN.dtype, out=out_TN)
+        return out_TN if bias_N is None else out_TN.add_(bias_N)
     if bias_N is None:
         return torch.mm(x_TK, weight_NK.t(), out=out_TN)
     return torch.addmm(bias_N, x_TK, weight_NK.t(), out=out_TN)
@@ -175,11 +179,14 @@ class QuantProducts:
             num_multiprocessors=card_limits(device).num_multiprocessors,
         )  # fmt: skip
 
-    def prepare(self, weights: Sequence[PlanarWeight]) -> str | None:
+    def prepare(
+        self, weights: Sequence[PlanarWeight], wide: Sequence[PlanarWeight] = ()
+    ) -> str | None:
         """Compile and load what NVRTC has to compile for these, on all cores: some 25 kernels for
         an 8B model at the first start, 0.3 s of a core each; none from then on.
 
-        What is in the way, for the user, where that fails; Triton's kernel then takes its place.
+        wide: those of weights whose products are float32. What is in the way, for the user, where
+        that fails; Triton's kernel then takes its place.
         """
         wanted = dict.fromkeys(
             (weight.type_name, variant, weight.low.device)
@@ -188,6 +195,15 @@ class QuantProducts:
             for variant in self._variants(weight)
         )
         compile_ahead([(type_name, variant) for type_name, variant, _ in wanted])
+        compile_ahead(
+            [
+                (weight.type_name, variant)
+                for weight in wide
+                if is_hopper(weight.low.device)
+                for variant in self._variants(weight)
+            ],
+            out_dtype=torch.float32,
+        )
         self._prepare_bytes(weights)
         for type_name, variant, device in wanted:
             reason = why_not_loaded(type_name, variant, device)

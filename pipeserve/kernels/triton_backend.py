@@ -58,18 +58,20 @@ def auto_linear(
 
 
 def f16_linear(
-    products: QuantProducts, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None
-) -> Tensor:
+    products: QuantProducts, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None,
+    *, out_TN: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x W^T + b with activations as they are: tensor cores on the quantised tile for a batch, a
     dequantised scratch and cuBLAS for large prefill."""
-    return products.batch(x, weight, bias_N)
+    return products.batch(x, weight, bias_N, out_TN=out_TN)
 
 
 def int8_linear(
-    products: QuantProducts, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None
-) -> Tensor:
+    products: QuantProducts, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None,
+    *, out_TN: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x W^T + b with activations rounded to int8 per 32 whatever the number of rows."""
-    return auto_linear(products, _rounded(products, x, [weight]), weight, bias_N)
+    return auto_linear(products, _rounded(products, x, [weight]), weight, bias_N, out_TN=out_TN)
 
 
 def auto_stacked_linear(

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeserve.kernels.backend import Backend
 from pipeserve.kernels.quant_reference import LinearInput, values_of
 from pipeserve.models.config import ModelConfig
-from pipeserve.models.linear import Embedding, Linear, input_form
+from pipeserve.models.linear import Embedding, Linear, Logits, input_form
 from pipeserve.models.rotary import rotary_scale
 
 
@@ -94,7 +94,7 @@ class Head:
     """Final norm and output projection: the last stage's."""
 
     norm_D: Tensor
-    output: Linear
+    output: Logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,11 +152,11 @@ class Decoder:
             x_TD = layer.down(kernels.swiglu(gate_up_TF, form=input_form(layer.down)))
         return x_TD + residual_TD
 
-    def logits(self, x_SD: Tensor) -> Tensor:
-        """Final norm and head: [S, D] -> [S, V] float32."""
+    def logits(self, x_SD: Tensor, *, out_SV: Tensor | None = None) -> Tensor:
+        """Final norm and head: [S, D] -> [S, V] float32, written to out_SV if that is given."""
         assert self.head is not None, "only the last stage has the head"
         normed_SD = self.backend.rms_norm(x_SD, self.head.norm_D, self.config.rms_eps)
-        return self.head.output(normed_SD).float()
+        return self.head.output(normed_SD, out_TO=out_SV)
 
 
 def _attention(

@@ -98,17 +98,57 @@ class Fp8Linear:
         return self._backend.fp8_linear(x_TI, self._weight, self._bias_O)
 
 
-class WideLinear:
-    """A 16-bit matrix whose products stay in float32, in which the tensor cores sum them anyway:
-    bf16 would round a logit of 20 to a multiple of 1/8."""
+class Logits(Protocol):
+    """A linear whose products stay in float32, in which they are summed anyway: bf16 would round a
+    logit of 20 to a multiple of 1/8."""
+
+    def __call__(self, x_TI: LinearInput, *, out_TO: Tensor | None = None) -> Tensor:
+        """[T, I] -> [T, O] float32, written to out_TO if that is given."""
+        ...
+
+
+class DenseLogits:
+    """By a 16-bit matrix on a GPU."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         self._weight_IO = weight_OI.t()
         self._bias_O = None if bias_O is None else bias_O.float()
 
-    def __call__(self, x_TI: LinearInput) -> Tensor:
-        out_TO = torch.mm(values_of(x_TI), self._weight_IO, out_dtype=torch.float32)
+    def __call__(self, x_TI: LinearInput, *, out_TO: Tensor | None = None) -> Tensor:
+        x_TI = values_of(x_TI)
+        if out_TO is None:
+            out_TO = _float_room(x_TI, self._weight_IO.shape[1])
+        torch.mm(x_TI, self._weight_IO, out_dtype=torch.float32, out=out_TO)
         return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
+
+
+class QuantLogits:
+    """By a matrix that stays quantised."""
+
+    def __init__(self, weight: PlanarWeight, bias_O: Tensor | None, backend: Backend) -> None:
+        self.weight = weight
+        self._bias_O = bias_O
+        self._backend = backend
+
+    def __call__(self, x_TI: LinearInput, *, out_TO: Tensor | None = None) -> Tensor:
+        if out_TO is None:
+            out_TO = _float_room(values_of(x_TI), self.weight.num_rows)
+        return self._backend.quant_linear(x_TI, self.weight, self._bias_O, out_TN=out_TO)
+
+
+class FloatLogits:
+    """By a linear that computes in float32: on the CPU."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+
+    def __call__(self, x_TI: LinearInput, *, out_TO: Tensor | None = None) -> Tensor:
+        logits_TO = self._linear(x_TI)
+        return logits_TO if out_TO is None else out_TO.copy_(logits_TO)
+
+
+def _float_room(x_TI: Tensor, num_outputs: int) -> Tensor:
+    return x_TI.new_empty((len(x_TI), num_outputs), dtype=torch.float32)
 
 
 class StackedLinear:
@@ -149,10 +189,10 @@ def input_form(linear: Linear) -> InputForm:
     return "e4m3" if isinstance(linear, Fp8Linear) else "values"
 
 
-def planar_weights(linear: Linear) -> list[PlanarWeight]:
+def planar_weights(linear: Linear | Logits) -> list[PlanarWeight]:
     """The matrices of it that stay quantised."""
     match linear:
-        case QuantLinear():
+        case QuantLinear() | QuantLogits():
             return [linear.weight]
         case StackedQuantLinear():
             return linear.weights
@@ -161,11 +201,14 @@ def planar_weights(linear: Linear) -> list[PlanarWeight]:
     return []
 
 
-def make_head(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Linear:
-    """The same for the output head, whose logits keep float32 where a product can give it."""
-    if isinstance(matrix, Tensor) and matrix.device.type == "cuda":
-        return WideLinear(matrix, bias_O)
-    return make_linear(matrix, bias_O, backend)
+def make_head(matrix: Matrix, bias_O: Tensor | None, backend: Backend) -> Logits:
+    """The same for the output head."""
+    if isinstance(matrix, PlanarWeight):
+        bias_O = None if bias_O is None else bias_O.to(backend.dtype)
+        return QuantLogits(matrix, bias_O, backend)
+    if isinstance(matrix, Tensor) and matrix.dtype != torch.float32:
+        return DenseLogits(matrix, bias_O)
+    return FloatLogits(make_linear(matrix, bias_O, backend))
 
 
 class Embedding(Protocol):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeserve.core.batch import MicroBatch
-from pipeserve.runtime.devices import int_tensor, stage_stream
+from pipeserve.runtime.devices import send_ints, stage_stream
 from pipeserve.runtime.gpu_shapes import GpuShapes
 from pipeserve.runtime.step_computation import StepComputation
 from pipeserve.runtime.step_inputs import (
@@ -87,8 +87,13 @@ class StepGraphs:
 
     def _compute(self, shape: StepShape, inputs: Tensor) -> None:
         hidden_TD = None if self._computation.embeds else self._hidden_TD[: shape.num_tokens]
-        out = self._computation(StepInputs.of(inputs, shape), hidden_TD, max_length=None)
-        self._out[: len(out)].copy_(out)
+        step = StepInputs.of(inputs, shape)
+        if self._computation.samples:
+            num_samples = shape.num_samples if shape.has_prefill else shape.num_tokens
+            self._computation(step, hidden_TD, max_length=None, out_NV=self._out[:num_samples])
+            return
+        out_TD = self._computation(step, hidden_TD, max_length=None)
+        self._out[: len(out_TD)].copy_(out_TD)
 
     def replay(self, batch: MicroBatch, hidden_TD: Tensor | None) -> Tensor | None:
         """[T, D], or [N, V] on the last stage, valid until the next replay; None: no shape fits."""
@@ -96,7 +101,7 @@ class StepGraphs:
         if shape is None:
             return None
         captured = self._captured[shape]
-        captured.inputs.copy_(int_tensor(pack(batch, shape), self._device))
+        send_ints(pack(batch, shape), captured.inputs)
         if hidden_TD is not None:
             self._hidden_TD[: len(hidden_TD)].copy_(hidden_TD)
         captured.graph.replay()

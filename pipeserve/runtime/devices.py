@@ -68,3 +68,8 @@ def int_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def send_ints(array: np.ndarray, there: Tensor) -> None:
+    """int_tensor to a GPU, into a tensor that is there."""
+    there.copy_(torch.from_numpy(array.astype(np.int64)).pin_memory(), non_blocking=True)

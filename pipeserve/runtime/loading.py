@@ -184,11 +184,9 @@ def prepare_kernels(decoder: Decoder) -> str | None:
         for layer in decoder.layers
         for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
     ]
-    if decoder.head is not None:
-        linears.append(decoder.head.output)
-    return decoder.backend.prepare(
-        [weight for linear in linears for weight in planar_weights(linear)]
-    )
+    weights = [weight for linear in linears for weight in planar_weights(linear)]
+    heads = [] if decoder.head is None else planar_weights(decoder.head.output)
+    return decoder.backend.prepare(weights + heads, heads)
 
 
 def notices(shares: Sequence[Share], config: Config) -> list[str]:

@@ -45,6 +45,8 @@ class ModelRunner:
         self._graphs = graphs
         self._shapes = shapes
         self._device = device
+        is_card = device.type == "cuda"
+        self._copying = torch.cuda.Stream(device) if is_card and sampler is not None else None
 
     def run(self, batch: MicroBatch, hidden_TD: Tensor | None) -> Tensor | Sampled:
         """Compute a step. hidden_TD is the previous stage's output, None on the first stage.
@@ -103,11 +105,14 @@ class ModelRunner:
             nobody_S = int_tensor(rows_S, self._device)
             self._token_pool.publish(batch.step_id, rows_S, nobody_S)
             if scored:
-                return to_host(Drawn(ids_S=nobody_S, logprobs=None), scored)
+                return self._to_host(Drawn(ids_S=nobody_S, logprobs=None), scored)
             return Sampled(ids_S=torch.empty(0, dtype=torch.int32), arrived=None, logprobs=None)
         drawn = sampler.sample_step(logits_SV, batch)
         self._token_pool.publish(batch.step_id, rows_S, drawn.ids_S)
-        return to_host(drawn, scored)
+        return self._to_host(drawn, scored)
+
+    def _to_host(self, drawn: Drawn, scored: tuple[ScoredChunk, ...]) -> Sampled:
+        return to_host(drawn, scored, stream=self._copying)
 
 
 def _most_positions(batch: MicroBatch) -> int:

@@ -84,12 +84,30 @@ class Sampled:
             self.arrived.synchronize()
 
 
-def to_host(drawn: Drawn, scored: tuple[ScoredChunk, ...] = ()) -> Sampled:
-    """Start the copies, behind the device's work on the current stream; waits for nothing."""
-    logprobs = drawn.logprobs
-    if drawn.ids_S.device.type == "cpu":
-        return Sampled(ids_S=drawn.ids_S, arrived=None, logprobs=logprobs, scored=scored)
-    ids_S = _pinned_copy(drawn.ids_S)
+def to_host(
+    drawn: Drawn,
+    scored: tuple[ScoredChunk, ...] = (),
+    *,
+    stream: torch.cuda.Stream | None = None,
+) -> Sampled:
+    """Start the copies, behind the device's work on the current stream; waits for nothing.
+
+    stream: that the copies go to, so that what is launched next need not wait for them; None: the
+    current one.
+    """
+    device = drawn.ids_S.device
+    if device.type == "cpu":
+        return Sampled(ids_S=drawn.ids_S, arrived=None, logprobs=drawn.logprobs, scored=scored)
+    if stream is None:
+        return _copied(drawn, scored)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        return _copied(drawn, scored)
+
+
+def _copied(drawn: Drawn, scored: tuple[ScoredChunk, ...]) -> Sampled:
+    """By the current stream."""
+    ids_S, logprobs = _pinned_copy(drawn.ids_S), drawn.logprobs
     if logprobs is not None:
         logprobs = replace(
             logprobs,
@@ -113,4 +131,5 @@ def to_host(drawn: Drawn, scored: tuple[ScoredChunk, ...] = ()) -> Sampled:
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return pinned.copy_(tensor, non_blocking=True)

@@ -48,9 +48,14 @@ class StepComputation:
         return self.decoder.head is not None
 
     def __call__(
-        self, inputs: StepInputs[Tensor], hidden_TD: Tensor | None, *, max_length: int | None
+        self,
+        inputs: StepInputs[Tensor],
+        hidden_TD: Tensor | None,
+        *,
+        max_length: int | None,
+        out_NV: Tensor | None = None,
     ) -> Tensor:
-        """[T, D], or on the last stage [N, V] float32.
+        """[T, D], or on the last stage [N, V] float32, written to out_NV if that is given.
 
         hidden_TD: the previous stage's output, None on the first stage. max_length: of the rows,
         where the host knows it; without, the shapes depend on the inputs' shapes alone.
@@ -58,7 +63,7 @@ class StepComputation:
         if not self.samples:
             return self.hidden(inputs, hidden_TD, max_length=max_length)
         wanted_N = inputs.sampled_tokens_N if len(inputs.chunk_rows_C) > 0 else None
-        return self._logits(self._forward(inputs, hidden_TD, max_length, wanted_N))
+        return self._logits(self._forward(inputs, hidden_TD, max_length, wanted_N), out_NV)
 
     def hidden(
         self, inputs: StepInputs[Tensor], hidden_TD: Tensor | None, *, max_length: int | None
@@ -83,10 +88,10 @@ class StepComputation:
         metadata = self._metadata(inputs, max_length)
         return self.decoder.forward(x_TD, self.caches, metadata, wanted_W=wanted_N)
 
-    def _logits(self, x_ND: Tensor) -> Tensor:
+    def _logits(self, x_ND: Tensor, out_NV: Tensor | None = None) -> Tensor:
         if len(x_ND) == 0:
             return x_ND.new_empty((0, self.decoder.config.vocab_size))
-        return self.decoder.logits(x_ND)
+        return self.decoder.logits(x_ND, out_SV=out_NV)
 
     def _embed(self, inputs: StepInputs[Tensor]) -> Tensor:
         ids_T = self.token_pool.read(inputs.rows_T)

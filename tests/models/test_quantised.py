@@ -33,7 +33,7 @@ from pipeserve.models.layers import (
     LayerCache,
     PrefillMetadata,
 )
-from pipeserve.models.linear import Fp8Linear, QuantLinear
+from pipeserve.models.linear import Fp8Linear, QuantLinear, QuantLogits
 from pipeserve.models.loader import LayerRange, Rows, WeightReader, device_bytes, make_matrix
 from pipeserve.models.registry import check_model, find_family
 from tests.models import tiny
@@ -191,7 +191,7 @@ def test_both_forms_hold_the_same_values(tmp_path: Path) -> None:
     assert isinstance(down, QuantLinear) and down.weight.dense_NK is not None
     torch.testing.assert_close(down.weight.dense_NK, REFERENCE.dequantise(down.weight))
     head = decoder.head.output if decoder.head is not None else None
-    assert isinstance(head, QuantLinear) and head.weight.dense_NK is None
+    assert isinstance(head, QuantLogits) and head.weight.dense_NK is None
     with GGUFFile.open(path) as gguf_file:
         info = gguf_file.tensors["blk.0.ffn_down.weight"]
         assert device_bytes(info, both, 2) == down.weight.num_bytes

@@ -145,10 +145,13 @@ def test_cpu_stages_say_that_they_take_no_other_precision(four_bits: Path) -> No
 def test_kernels_are_prepared_and_what_is_in_the_way_is_told_once(
     four_bits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every matrix that stays quantised but the embedding, which is also the head here."""
+    """Every matrix that stays quantised but the embedding, which is also the head here: that in
+    float32, too."""
     prepared: list[str] = []
 
-    def prepare(weights: Sequence[PlanarWeight]) -> str:
+    def prepare(weights: Sequence[PlanarWeight], wide: Sequence[PlanarWeight]) -> str:
+        assert {id(weight) for weight in wide} <= {id(weight) for weight in weights}
+        assert all(weight.num_rows == model.vocab_size for weight in wide)
         prepared.extend(f"{weight.num_rows}x{weight.num_columns}" for weight in weights)
         return "no compiler"
 
