@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from pipeserve.kernels.sampling_logprobs import log_probs
 TOKENS = (1, 32, 256)
 SPREADS = (6.0, 1.0)
 """Of the logits: how many tokens top-p keeps depends on it, a few or most of them."""
+LARGE_VOCABULARY = 262_144
+"""Gemma 3's."""
 _MOST_SETS = 32
 _EPS = 1e-5
 
@@ -109,16 +112,17 @@ def time_swiglu(
 def time_sampling(
     shape: KernelShape, ceilings: Ceilings, device: torch.device
 ) -> Iterator[KernelTime]:
-    """The limit reads the logits once."""
-    for num_rows in TOKENS:
+    """Of the model's vocabulary and of a large one. The limit reads the logits once."""
+    for vocab_size, num_rows in product((shape.vocab_size, LARGE_VOCABULARY), TOKENS):
+        num_bytes = 4 * num_rows * vocab_size
+        work = Work(num_bytes=num_bytes)
         for spread in SPREADS:
             logits = [
-                torch.randn(num_rows, shape.vocab_size, device=device) * spread
-                for _ in range(num_sets(4 * num_rows * shape.vocab_size, least=4, most=8))
+                torch.randn(num_rows, vocab_size, device=device) * spread
+                for _ in range(num_sets(num_bytes, least=4, most=8))
             ]
-            work = Work(num_bytes=4 * num_rows * shape.vocab_size)
             for kernel, calls in _sampling_calls(logits, has_all=spread == SPREADS[0]).items():
-                kernel = f"{kernel}, spread {spread:.0f}"
+                kernel = f"{kernel}, {vocab_size} tokens, spread {spread:.0f}"
                 yield _timed("sampling", shape, kernel, num_rows, calls, work, ceilings)
 
 
