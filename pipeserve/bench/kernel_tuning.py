@@ -292,7 +292,7 @@ def _candidates(weight: PlanarWeight, num_tokens: int) -> Iterator[BatchWay]:
             )
         )  # fmt: skip
         variants = dict.fromkeys(tiling.variant for tiling in tilings)
-        compile_ahead([(weight.type_name, variant) for variant in variants])
+        compile_ahead([(weight.type_name, variant, torch.float16) for variant in variants])
         usable = {v for v in variants if why_not_loaded(weight.type_name, v, device) is None}
         yield from (Mma(tiling=tiling) for tiling in tilings if tiling.variant in usable)
     elif num_tokens <= 256:

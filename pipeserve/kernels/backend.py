@@ -87,6 +87,7 @@ class Backend:
     """Of the float32 residual stream, in dtype."""
     add_rms_norm: AddRmsNorm
     swiglu: SwiGLU
+    """Of outputs whose first half is gate."""
     decode_places: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     rotary_angles: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary_and_cache: RotaryAndCache
@@ -97,6 +98,8 @@ class Backend:
     quant_linear: QuantLinear
     stacked_quant_linear: Callable[[LinearInput, Sequence[BiasedWeight]], Tensor]
     """The same for matrices of several types, outputs side by side."""
+    gated_linear: Callable[[LinearInput, PlanarWeight, Tensor | None], LinearInput]
+    """swiglu of the same for a planar matrix that is_paired: [T, K] -> [T, F]."""
     fp8_linear: Callable[[LinearInput, Fp8Weight, Tensor | None], Tensor]
     """The same for a matrix in e4m3."""
     prepare: Callable[[Sequence[PlanarWeight], Sequence[PlanarWeight]], str | None]
@@ -130,6 +133,10 @@ def _reference_stacked_quant_linear(x: LinearInput, parts: Sequence[BiasedWeight
     return torch.cat([_reference_quant_linear(x, *part) for part in parts], dim=-1)
 
 
+def _reference_gated_linear(x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None) -> Tensor:
+    return reference.swiglu(_reference_quant_linear(x, weight, bias_N), order="paired")
+
+
 def _reference_fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
     return fp8_reference.fp8_linear(values_of(x), weight, bias_N)
 
@@ -148,6 +155,7 @@ REFERENCE = Backend(
     dequantise=quant_reference.dequantise,
     quant_linear=_reference_quant_linear,
     stacked_quant_linear=_reference_stacked_quant_linear,
+    gated_linear=_reference_gated_linear,
     fp8_linear=_reference_fp8_linear,
     prepare=lambda weights, wide: None,
 )

@@ -26,6 +26,7 @@ from pipeserve.kernels.dependent_launch import (
 from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
 from pipeserve.kernels.fp8_tokens import store_e4m3
 from pipeserve.kernels.interleaved_rows import interleaved
+from pipeserve.kernels.paired_rows import GateUpOrder
 from pipeserve.kernels.quant_layout import UNIT
 from pipeserve.kernels.quant_reference import QuantisedRows
 from pipeserve.kernels.rounded_rows import store_rounded
@@ -87,9 +88,17 @@ def rms_norm_kernel(
 
 
 @triton.jit
+def paired_column(feature):
+    """Where a feature's gate is among outputs as paired_rows.py orders them; up is 8 further."""
+    run = feature // 16
+    place = feature // 256 * 512 + run % 4 * 128 + run // 4 % 4 * 32
+    return place + feature // 8 % 2 * 16 + feature % 8
+
+
+@triton.jit
 def swiglu_kernel(
     gate_up_ptr, out_ptr, codes_ptr, scales_ptr, sums_ptr, interleaved_ptr, dim, gate_up_stride,
-    num_groups, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    num_groups, BLOCK: tl.constexpr, PAIRED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of one token's features per program."""
     start_next_kernel(PDL)
@@ -97,9 +106,10 @@ def swiglu_kernel(
     features_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_feature_F = features_F < dim
     wait_for_inputs(PDL)
-    gate_ptr_F = gate_up_ptr + token * gate_up_stride + features_F
+    gates_F = paired_column(features_F) if PAIRED else features_F
+    gate_ptr_F = gate_up_ptr + token * gate_up_stride + gates_F
     gate_F = tl.load(gate_ptr_F, is_feature_F, other=0.0).to(tl.float32)
-    up_F = tl.load(gate_ptr_F + dim, is_feature_F, other=0.0).to(tl.float32)
+    up_F = tl.load(gate_ptr_F + (8 if PAIRED else dim), is_feature_F, other=0.0).to(tl.float32)
     out_F = (gate_F / (1.0 + tl.exp(-gate_F)) * up_F).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * dim + features_F, out_F, is_feature_F)
     if codes_ptr is not None and sums_ptr is None:
@@ -162,12 +172,12 @@ def add_rms_norm(
 def swiglu(
     gate_up_TF: Tensor,
     *,
+    order: GateUpOrder = "halves",
     out_TF: Tensor | None = None,
     rounded: QuantisedRows | Fp8Rows | None = None,
     interleaved_TF: Tensor | None = None,
 ) -> Tensor:
-    """silu(gate) * up of [T, 2F], whose first half is gate; `rounded` and interleaved_TF as for
-    rms_norm."""
+    """silu(gate) * up of [T, 2F] in this order; `rounded` and interleaved_TF as for rms_norm."""
     num_tokens, twice = gate_up_TF.shape
     dim = twice // 2
     out_TF = _empty((num_tokens, dim), gate_up_TF) if out_TF is None else out_TF
@@ -183,6 +193,7 @@ def swiglu(
         gate_up_TF.stride(0),
         _num_groups(dim),
         BLOCK=_SWIGLU_BLOCK,
+        PAIRED=order == "paired",
         num_warps=4,
         **launch_options(gate_up_TF.device),
     )
@@ -272,7 +283,7 @@ def _norm_case(name: str, *, out: str, forms: dict[str, str]) -> AotCase:
     )
 
 
-def _swiglu_case(name: str, *, out: str, forms: dict[str, str]) -> AotCase:
+def _swiglu_case(name: str, *, out: str, forms: dict[str, str], is_paired: bool = False) -> AotCase:
     absent = dict.fromkeys(set(_ROUNDED | _INTERLEAVED) - set(forms))
     return AotCase(
         name=name,
@@ -283,7 +294,7 @@ def _swiglu_case(name: str, *, out: str, forms: dict[str, str]) -> AotCase:
             **forms,
             **dict.fromkeys(("dim", "gate_up_stride", "num_groups"), "i32"),
         },
-        constexprs={"BLOCK": _SWIGLU_BLOCK, "PDL": True, **absent},
+        constexprs={"BLOCK": _SWIGLU_BLOCK, "PAIRED": is_paired, "PDL": True, **absent},
     )
 
 
@@ -296,4 +307,5 @@ AOT_CASES = (
     _swiglu_case("swiglu_e4m3", out="bf16", forms=_E4M3),
     _swiglu_case("swiglu_rounded", out="fp16", forms=_ROUNDED),
     _swiglu_case("swiglu_interleaved", out="fp16", forms=_INTERLEAVED),
+    _swiglu_case("swiglu_paired", out="fp16", forms=_ROUNDED, is_paired=True),
 )

@@ -92,6 +92,8 @@ class PlanarWeight:
     """[N, K / 256]: f16 d and dmin in an int32 where has_min, else d in an int16."""
     dense_NK: Tensor | None = None
     """The same matrix dequantised, where it is kept beside for large batches."""
+    is_paired: bool = False
+    """Whether the rows are those of gate and up in the order of paired_rows.py."""
 
     @property
     def layout(self) -> QuantLayout:

@@ -45,6 +45,27 @@ DEVICE void load_shared_u128(u32 (&to)[4], u32 address) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(address));
 }
+// A warp's halves of 8 rows (lane / 4) and 8 columns (2 (lane % 4) and the next): column i to the 16
+// bytes whose address lane i has.
+DEVICE void store_transposed(u32 address, u32 two) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address),
+                 "r"(two)
+                 : "memory");
+}
+DEVICE void store_u128(u16 *to, const u32 (&from)[4]) {
+    *(uint4 *)to = {from[0], from[1], from[2], from[3]};
+}
+// As Triton divides.
+DEVICE float divide(float x, float y) {
+    float d;
+    asm("div.full.f32 %0, %1, %2;" : "=f"(d) : "f"(x), "f"(y));
+    return d;
+}
+DEVICE float power_of_2(float x) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
 
 // UNPACK
 
@@ -333,6 +354,12 @@ DEVICE float2 of_halves(u32 two) {
     return value;
 }
 
+DEVICE u32 to_halves(float x, float y) {
+    u32 two;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(y), "f"(x));
+    return two;
+}
+
 DEVICE void store_pair(float x, float y, const u16 *bias, void *out, size_t index, int row) {
     if (bias) {
         float2 more = of_halves(*(const u32 *)(bias + row));
@@ -341,9 +368,7 @@ DEVICE void store_pair(float x, float y, const u16 *bias, void *out, size_t inde
     if (OUT_F32) {
         *(float2 *)((float *)out + index) = {x, y};
     } else {
-        u32 two;
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(y), "f"(x));
-        *(u32 *)((u16 *)out + index) = two;
+        *(u32 *)((u16 *)out + index) = to_halves(x, y);
     }
 }
 
@@ -387,11 +412,12 @@ DEVICE Work work_of(int num_token_tiles, int num_all_steps) {
     return work;
 }
 
+// SWIGLU
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     quant_mma(const __grid_constant__ Maps maps, const void *supers, const void *words,
-              const u16 *bias, void *out, int num_rows, int num_tokens, int num_all_steps,
-              int num_token_tiles, int out_stride) {
+              const u16 *bias, void *out, u16 *interleaved_out, int num_rows, int num_tokens,
+              int num_all_steps, int num_token_tiles, int out_stride) {
     start_next_kernel();
     extern __shared__ char shared[];
     char *stages = shared + (1024 - (shared_address(shared) & 1023)) % 1024;
@@ -429,6 +455,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
         for (int i = 0; i < BLOCK_T / 2; i++) sums[t][i] = 0.0f;
     consume(sums, maps, work, rings, supers, words, num_rows, num_all_steps);
     __syncthreads();  // the sums take the place of the rings
+#if SWIGLU
+    keep_activated(sums, work, shared_address(stages), bias);
+    __syncthreads();
+    store_activated(work, shared_address(stages), (u16 *)out, interleaved_out, num_tokens,
+                    out_stride);
+#else
     keep_sums(sums, (float *)stages);
     if (work.parts == 1)
         __syncthreads();
@@ -450,4 +482,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     }
     __syncwarp();
     if (work.parts > 1) cluster_wait_for_readers();  // no block ends while others read its sums
+#endif
 }

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -77,6 +77,16 @@ class MmaVariant:
     @property
     def num_threads(self) -> int:
         return self.warpgroups * 128
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether blocks hold gate and up as quant_mma_swiglu.cu takes them."""
+        return self.block_n in (128, 256, 512)
+
+
+MmaOutput = torch.dtype | Literal["swiglu"]
+"""What a kernel writes: the product in float16 or float32, or in float16 what SwiGLU makes of it,
+in two orders of columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +167,6 @@ def mma(
     takes_mma allows. tiling overrides choose_mma_tiling.
     """
     num_tokens, num_rows = x_TK.shape[0], weight.num_rows
-    num_steps = weight.num_columns // STEP_COLUMNS
     assert x_TK.shape[1] == weight.num_columns, f"{x_TK.shape[1]}, not {weight.num_columns} columns"
     assert bias_N is None or bias_N.dtype == torch.float16, f"a bias in {bias_N.dtype}"
     if out_TN is None:
@@ -168,17 +177,48 @@ def mma(
         tiling = choose_mma_tiling(
             weight.layout, num_rows, weight.num_columns, num_tokens, multiprocessors
         )
-    if interleaved_TK is None:
-        interleaved_TK = interleave_rows(x_TK)
+    _launch(x_TK, weight, bias_N, out_TN, None, interleaved_TK=interleaved_TK, tiling=tiling)
+    return out_TN
+
+
+def takes_swiglu(weight: PlanarWeight, tiling: MmaTiling) -> bool:
+    """Whether mma_swiglu can multiply by this matrix so."""
+    return weight.is_paired and tiling.num_parts == 1 and tiling.variant.has_pairs
+
+
+def mma_swiglu(
+    x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None = None,
+    *, interleaved_TK: Tensor | None = None, tiling: MmaTiling,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """silu(gate) * up [T, N / 2] of mma's outputs, as they are and as interleave_rows has them."""
+    num_tokens, num_features = x_TK.shape[0], weight.num_rows // 2
+    assert takes_swiglu(weight, tiling), f"{tiling} for {weight.num_rows} rows"
+    assert bias_N is None or bias_N.dtype == torch.float16, f"a bias in {bias_N.dtype}"
+    out_TF, interleaved_TF = (x_TK.new_empty((num_tokens, num_features)) for _ in range(2))
+    _launch(
+        x_TK, weight, bias_N, out_TF, interleaved_TF, interleaved_TK=interleaved_TK, tiling=tiling
+    )
+    return out_TF, interleaved_TF
+
+
+def _launch(
+    x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None, out: Tensor,
+    interleaved_TF: Tensor | None, *, interleaved_TK: Tensor | None, tiling: MmaTiling,
+) -> None:  # fmt: skip
+    """interleaved_TF: where SwiGLU's outputs go in that order; None: out takes the product's."""
+    num_tokens, num_steps = x_TK.shape[0], weight.num_columns // STEP_COLUMNS
     variant = tiling.variant
     assert num_steps >= tiling.num_parts, f"{num_steps} steps for {tiling}"
+    if interleaved_TK is None:
+        interleaved_TK = interleave_rows(x_TK)
     token_tiles = -(-num_tokens // variant.block_t)
-    row_tiles = -(-num_rows // variant.block_n)
+    row_tiles = -(-weight.num_rows // variant.block_n)
     x_map = tensor_map(interleaved_TK, box_rows=variant.block_t, box_columns=64, swizzle=128)
     maps = _weight_maps(weight, variant.block_n) + x_map
-    pointers = (weight.supers, weight.scales, bias_N, out_TN)
-    integers = (num_rows, num_tokens, num_steps, token_tiles, out_TN.stride(0))
-    _kernel(weight.type_name, variant, out_TN.dtype, x_TK.device).launch(
+    pointers = (weight.supers, weight.scales, bias_N, out, interleaved_TF)
+    integers = (weight.num_rows, num_tokens, num_steps, token_tiles, out.stride(0))
+    output: MmaOutput = out.dtype if interleaved_TF is None else "swiglu"
+    _kernel(weight.type_name, variant, output, x_TK.device).launch(
         num_blocks=row_tiles * token_tiles * tiling.num_parts,
         num_threads=variant.num_threads,
         cluster_size=tiling.num_parts,
@@ -190,7 +230,6 @@ def mma(
             *map(ctypes.c_int, integers),
         ),
     )
-    return out_TN
 
 
 def _weight_maps(weight: PlanarWeight, block_n: int) -> bytes:
@@ -208,12 +247,14 @@ def _weight_maps(weight: PlanarWeight, block_n: int) -> bytes:
     return b"".join(maps)
 
 
-def mma_source(type_name: str, variant: MmaVariant, out_dtype: torch.dtype) -> str:
+def mma_source(type_name: str, variant: MmaVariant, output: MmaOutput) -> str:
     """CUDA C++ of one kernel."""
     folder = Path(__file__).parent
     text = hopper_source("quant_mma.cu")
     text = text.replace("// UNPACK", (folder / "quant_mma_unpack.cu").read_text())
     text = text.replace("// WGMMA", _multiply_add(variant.block_t))
+    if output == "swiglu":
+        text = text.replace("// SWIGLU", (folder / "quant_mma_swiglu.cu").read_text())
     constants = layout_constants(LAYOUTS[type_name]) | {
         "BLOCK_T": variant.block_t,
         "WARPGROUPS": variant.warpgroups,
@@ -222,7 +263,8 @@ def mma_source(type_name: str, variant: MmaVariant, out_dtype: torch.dtype) -> s
         "X_BLOCKS": variant.x_blocks,
         "X_SLOTS": variant.num_x_slots,
         "BLOCKS_AT_ONCE": variant.blocks_at_once,
-        "OUT_F32": int(out_dtype == torch.float32),
+        "OUT_F32": int(output == torch.float32),
+        "SWIGLU": int(output == "swiglu"),
     }
     return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + text
 
@@ -259,9 +301,9 @@ def _multiply_add(block_t: int) -> str:
 
 @cache
 def _kernel(
-    type_name: str, variant: MmaVariant, out_dtype: torch.dtype, device: torch.device
+    type_name: str, variant: MmaVariant, output: MmaOutput, device: torch.device
 ) -> CudaKernel:
-    cubin = cached_cubin(mma_source(type_name, variant, out_dtype), ARCH)
+    cubin = cached_cubin(mma_source(type_name, variant, output), ARCH)
     with torch.cuda.device(device):
         return load_kernel(
             cubin, "quant_mma", shared_bytes(LAYOUTS[type_name], variant), device=device
@@ -269,25 +311,25 @@ def _kernel(
 
 
 @cache
-def why_not_loaded(type_name: str, variant: MmaVariant, device: torch.device) -> str | None:
-    """Loads the kernel with outputs in f16, compiling it where need be; what is in the way, or
-    None. Asked once and for all: what failed is not tried again."""
+def why_not_loaded(
+    type_name: str, variant: MmaVariant, device: torch.device, output: MmaOutput = torch.float16
+) -> str | None:
+    """Loads the kernel, compiling it where need be; what is in the way, or None. Asked once and for
+    all: what failed is not tried again."""
     try:
-        _kernel(type_name, variant, torch.float16, device)
+        _kernel(type_name, variant, output, device)
     except (CudaDriverError, OSError) as problem:
         return str(problem)
     return None
 
 
-def compile_ahead(
-    kernels: Sequence[tuple[str, MmaVariant]], *, out_dtype: torch.dtype = torch.float16
-) -> None:
-    """Machine code of (type, variant) into the cache on all cores, about 0.3 s of one core each;
-    failures are left to who loads it."""
+def compile_ahead(kernels: Sequence[tuple[str, MmaVariant, MmaOutput]]) -> None:
+    """Machine code into the cache on all cores, about 0.3 s of one core each; failures are left to
+    who loads it."""
 
-    def compile_one(kernel: tuple[str, MmaVariant]) -> None:
+    def compile_one(kernel: tuple[str, MmaVariant, MmaOutput]) -> None:
         with contextlib.suppress(CudaDriverError, OSError):
-            cached_cubin(mma_source(*kernel, out_dtype), ARCH)
+            cached_cubin(mma_source(*kernel), ARCH)
 
     num_threads = max(1, min(len(kernels), os.cpu_count() or 1))
     with ThreadPoolExecutor(num_threads, thread_name_prefix="nvrtc") as executor:

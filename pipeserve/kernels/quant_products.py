@@ -27,13 +27,16 @@ from pipeserve.kernels.quant_imma import (
 )
 from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_mma import (
+    MmaOutput,
     MmaVariant,
     compile_ahead,
     has_mma,
     is_hopper,
     is_made_for,
     mma,
+    mma_swiglu,
     takes_mma,
+    takes_swiglu,
     why_not_loaded,
 )
 from pipeserve.kernels.quant_reference import (
@@ -83,9 +86,8 @@ def multiply(
     x_TK = values_of(x)
     match way:
         case Mma(tiling=tiling):
-            interleaved_TK = x.interleaved_TK if isinstance(x, PreparedRows) else None
             return mma(
-                x_TK, weight, bias_N, interleaved_TK=interleaved_TK, out_TN=out_TN, tiling=tiling
+                x_TK, weight, bias_N, interleaved_TK=_interleaved(x), out_TN=out_TN, tiling=tiling
             )
         case Gemm(tiling=gemm_tiling):
             return gemm(x_TK, weight, bias_N, out_TN=out_TN, tiling=gemm_tiling)
@@ -154,6 +156,22 @@ class QuantProducts:
         """As multiply, for any number of rows in f16 or bf16."""
         return multiply(self._way(values_of(x), weight, out_TN), x, weight, bias_N, out_TN=out_TN)
 
+    def gated_batch(
+        self, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None
+    ) -> PreparedRows | None:
+        """SwiGLU of what batch gives, of the kernel that multiplies; None where that has none."""
+        x_TK = values_of(x)
+        way = self.batch_way(weight, x_TK.shape[0])
+        if not isinstance(way, Mma) or not takes_swiglu(weight, way.tiling):
+            return None
+        kernel = (weight.type_name, way.tiling.variant, x_TK.device, "swiglu")
+        if not takes_mma(x_TK, weight) or why_not_loaded(*kernel) is not None:
+            return None
+        out_TF, interleaved_TF = mma_swiglu(
+            x_TK, weight, bias_N, interleaved_TK=_interleaved(x), tiling=way.tiling
+        )
+        return PreparedRows(values_TK=out_TF, interleaved_TK=interleaved_TF)
+
     def _way(self, x_TK: Tensor, weight: PlanarWeight, out_TN: Tensor | None) -> BatchWay:
         num_tokens = x_TK.shape[0]
         way = self.batch_way(weight, num_tokens)
@@ -189,24 +207,23 @@ class QuantProducts:
         that fails; Triton's kernel then takes its place.
         """
         wanted = dict.fromkeys(
-            (weight.type_name, variant, weight.low.device)
+            (weight.type_name, variant, weight.low.device, output)
             for weight in weights
             if is_hopper(weight.low.device)
-            for variant in self._variants(weight)
+            for variant, output in self._batch_kernels(weight)
         )
-        compile_ahead([(type_name, variant) for type_name, variant, _ in wanted])
+        compile_ahead([(type_name, variant, output) for type_name, variant, _, output in wanted])
         compile_ahead(
             [
-                (weight.type_name, variant)
+                (weight.type_name, variant, torch.float32)
                 for weight in wide
                 if is_hopper(weight.low.device)
-                for variant in self._variants(weight)
-            ],
-            out_dtype=torch.float32,
+                for variant, _ in self._batch_kernels(weight)
+            ]
         )
         self._prepare_bytes(weights)
-        for type_name, variant, device in wanted:
-            reason = why_not_loaded(type_name, variant, device)
+        for type_name, variant, device, output in wanted:
+            reason = why_not_loaded(type_name, variant, device, output)
             if reason is not None:
                 return (
                     f"{device}: the CUDA C++ kernel for batches cannot be used ({reason}); "
@@ -237,14 +254,21 @@ class QuantProducts:
             ways = [_few_rows_rule(weight, most) for most in (_HOPPER_BYTE_ROWS, _BYTE_ROWS)]
         yield from (way.tiling.variant for way in ways if isinstance(way, Imma))
 
-    def _variants(self, weight: PlanarWeight) -> Iterator[MmaVariant]:
+    def _batch_kernels(self, weight: PlanarWeight) -> Iterator[tuple[MmaVariant, MmaOutput]]:
         measured = self._table.products.get(_key(weight))
         ways = (
             [self.batch_way(weight, num_tokens) for num_tokens in RULE_ROWS]
             if measured is None
             else measured.batch.values()
         )
-        yield from (way.tiling.variant for way in ways if isinstance(way, Mma))
+        for way in ways:
+            if isinstance(way, Mma):
+                is_gated = takes_swiglu(weight, way.tiling)
+                yield way.tiling.variant, "swiglu" if is_gated else torch.float16
+
+
+def _interleaved(x: LinearInput) -> Tensor | None:
+    return x.interleaved_TK if isinstance(x, PreparedRows) else None
 
 
 def _key(weight: PlanarWeight) -> tuple[str, int, int]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeserve.kernels.paired_rows import GateUpOrder, unpair_columns
+
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
@@ -28,9 +30,10 @@ def add_rms_norm(
     return functional.rms_norm(sum_TD, weight_D.shape, weight_D, eps), sum_TD
 
 
-def swiglu(gate_up_TF: Tensor) -> Tensor:
-    """silu(gate) * up of [T, 2F], whose first half is gate (Shazeer 2020, arXiv 2002.05202)."""
-    gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+def swiglu(gate_up_TF: Tensor, *, order: GateUpOrder = "halves") -> Tensor:
+    """silu(gate) * up of [T, 2F] in this order (Shazeer 2020, arXiv 2002.05202)."""
+    is_paired = order == "paired"
+    gate_TF, up_TF = unpair_columns(gate_up_TF) if is_paired else gate_up_TF.chunk(2, dim=-1)
     return functional.silu(gate_TF).mul_(up_TF)
 
 

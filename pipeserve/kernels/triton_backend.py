@@ -28,6 +28,7 @@ from pipeserve.kernels.backend import (
 )
 from pipeserve.kernels.fp8 import FEW_ROWS, fp8_linear
 from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
+from pipeserve.kernels.paired_rows import GateUpOrder
 from pipeserve.kernels.quant_dequant import dequantise
 from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_products import QuantProducts
@@ -208,15 +209,49 @@ def add_rms_norm(
 
 
 def swiglu(
-    forms: FormsWanted, gate_up_TF: Tensor, *, form: InputForm = "values"
+    forms: FormsWanted, gate_up_TF: Tensor,
+    *, order: GateUpOrder = "halves", form: InputForm = "values",
 ) -> LinearInput:  # fmt: skip
     """fused.swiglu."""
     num_tokens, twice = gate_up_TF.shape
     if forms.is_e4m3_alone(num_tokens, form):
+        assert order == "halves", "planar matrices have the other order"
         return fp8_fused.swiglu(gate_up_TF)
     rounded, interleaved_TF = forms.rooms(num_tokens, twice // 2, gate_up_TF.device, form)
-    out_TF = fused.swiglu(gate_up_TF, rounded=rounded, interleaved_TF=interleaved_TF)
+    out_TF = fused.swiglu(gate_up_TF, order=order, rounded=rounded, interleaved_TF=interleaved_TF)
     return _prepared(out_TF, rounded, interleaved_TF)
+
+
+def auto_gated_linear(
+    forms: FormsWanted, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None
+) -> LinearInput:
+    """swiglu of auto_linear by a matrix that is_paired."""
+    if not forms.products.takes_bytes(weight, values_of(x).shape[0]):
+        return f16_gated_linear(forms, x, weight, bias_N)
+    return swiglu(forms, auto_linear(forms.products, x, weight, bias_N), order="paired")
+
+
+def f16_gated_linear(
+    forms: FormsWanted, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None
+) -> LinearInput:
+    """swiglu of f16_linear by a matrix that is_paired, in one launch where there is a kernel."""
+    gated = forms.products.gated_batch(x, weight, bias_N)
+    if gated is not None:
+        return gated
+    return swiglu(forms, f16_linear(forms.products, x, weight, bias_N), order="paired")
+
+
+def int8_gated_linear(
+    forms: FormsWanted, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None
+) -> LinearInput:
+    """swiglu of int8_linear by a matrix that is_paired."""
+    return auto_gated_linear(forms, _rounded(forms.products, x, [weight]), weight, bias_N)
+
+
+def _plain_gated_linear(
+    products: QuantProducts, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None
+) -> Tensor:
+    return fused.swiglu(f16_linear(products, x, weight, bias_N), order="paired")
 
 
 def paged_attention_decode(
@@ -283,26 +318,29 @@ def gpu_backend(
 
 
 def _quantised_backend(products: QuantProducts, activations: Activations) -> Backend:
+    forms = FormsWanted(products=products, has_bytes=activations != "f16")
     match activations:
         case "auto":
-            return _planar_backend(products, has_bytes=True)
+            return _planar_backend(forms)
         case "int8":
             return dataclasses.replace(
-                _planar_backend(products, has_bytes=True),
+                _planar_backend(forms),
                 quant_linear=partial(int8_linear, products),
                 stacked_quant_linear=partial(int8_stacked_linear, products),
+                gated_linear=partial(int8_gated_linear, forms),
             )
         case "f16":
             return dataclasses.replace(
-                _planar_backend(products, has_bytes=False),
+                _planar_backend(forms),
                 quant_linear=partial(f16_linear, products),
                 stacked_quant_linear=partial(f16_stacked_linear, products),
+                gated_linear=partial(f16_gated_linear, forms),
             )
 
 
-def _planar_backend(products: QuantProducts, *, has_bytes: bool) -> Backend:
-    """Quantised weights, activations in float16 or, where has_bytes and for few rows, int8."""
-    forms = FormsWanted(products=products, has_bytes=has_bytes)
+def _planar_backend(forms: FormsWanted) -> Backend:
+    """Quantised weights, activations in float16 or, as forms has it for few rows, int8."""
+    products = forms.products
     return Backend(
         dtype=torch.float16,
         weight_form="planar",
@@ -317,6 +355,7 @@ def _planar_backend(products: QuantProducts, *, has_bytes: bool) -> Backend:
         dequantise=partial(dequantise, dtype=torch.float16),
         quant_linear=partial(auto_linear, products),
         stacked_quant_linear=partial(auto_stacked_linear, products),
+        gated_linear=partial(auto_gated_linear, forms),
         fp8_linear=fp8_linear,
         prepare=products.prepare,
     )
@@ -326,7 +365,7 @@ def _dense_backend(products: QuantProducts) -> Backend:
     """Dense and e4m3 weights, multiplied in bf16; float16 for none but other planar ones."""
     dtype = torch.bfloat16
     return dataclasses.replace(
-        _planar_backend(products, has_bytes=False),
+        _planar_backend(FormsWanted(products=products, has_bytes=False)),
         dtype=dtype,
         rms_norm=partial(fused.rms_norm, dtype=dtype),
         add_rms_norm=_plain_add_rms_norm,
@@ -335,4 +374,5 @@ def _dense_backend(products: QuantProducts) -> Backend:
         dequantise=partial(dequantise, dtype=dtype),
         quant_linear=partial(f16_linear, products),
         stacked_quant_linear=partial(f16_stacked_linear, products),
+        gated_linear=partial(_plain_gated_linear, products),
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeserve.kernels.backend import Backend
 from pipeserve.kernels.quant_reference import LinearInput, values_of
 from pipeserve.models.config import ModelConfig
-from pipeserve.models.linear import Embedding, Linear, Logits, input_form
+from pipeserve.models.linear import Embedding, GatedLinear, Linear, Logits, input_form
 from pipeserve.models.rotary import rotary_scale
 
 
@@ -79,7 +79,7 @@ class DecoderLayer:
     qkv: Linear
     output: Linear
     ffn_norm_D: Tensor
-    gate_up: Linear
+    gate_up: GatedLinear
     down: Linear
     window: int | None = None
     """Cache positions that a token sees, itself included; None: all."""
@@ -148,8 +148,7 @@ class Decoder:
             normed_TD, residual_TD = kernels.add_rms_norm(
                 x_TD, residual_TD, layer.ffn_norm_D, eps, form=input_form(layer.gate_up)
             )
-            gate_up_TF = layer.gate_up(normed_TD)
-            x_TD = layer.down(kernels.swiglu(gate_up_TF, form=input_form(layer.down)))
+            x_TD = layer.down(layer.gate_up(normed_TD, form=input_form(layer.down)))
         return x_TD + residual_TD
 
     def logits(self, x_SD: Tensor, *, out_SV: Tensor | None = None) -> Tensor:

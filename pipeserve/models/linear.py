@@ -184,16 +184,51 @@ def stack_linears(parts: Sequence[Linear], backend: Backend) -> Linear:
     return StackedLinear(parts)
 
 
-def input_form(linear: Linear) -> InputForm:
+class GatedLinear(Protocol):
+    """silu(x G^T) * (x U^T), of one matrix with the rows of gate G and up U."""
+
+    def __call__(self, x_TI: LinearInput, *, form: InputForm) -> LinearInput:
+        """[T, I] -> [T, features], for a product that takes this form."""
+        ...
+
+
+class HalvesGatedLinear:
+    """Gate's rows before up's."""
+
+    def __init__(self, gate_up: Linear, backend: Backend) -> None:
+        self.gate_up = gate_up
+        self._backend = backend
+
+    def __call__(self, x_TI: LinearInput, *, form: InputForm) -> LinearInput:
+        return self._backend.swiglu(self.gate_up(x_TI), form=form)
+
+
+class PairedGatedLinear:
+    """Rows in the order of kernels/paired_rows.py, that stay quantised."""
+
+    def __init__(self, weight: PlanarWeight, bias_O: Tensor | None, backend: Backend) -> None:
+        self.weight = weight
+        self._bias_O = None if bias_O is None else bias_O.to(backend.dtype)
+        self._backend = backend
+
+    def __call__(self, x_TI: LinearInput, *, form: InputForm) -> LinearInput:
+        return self._backend.gated_linear(x_TI, self.weight, self._bias_O)
+
+
+def input_form(linear: Linear | GatedLinear) -> InputForm:
     """What it takes best."""
+    if isinstance(linear, HalvesGatedLinear):
+        return input_form(linear.gate_up)
     return "e4m3" if isinstance(linear, Fp8Linear) else "values"
 
 
-def planar_weights(linear: Linear | Logits) -> list[PlanarWeight]:
+def planar_weights(linear: Linear | GatedLinear | Logits) -> list[PlanarWeight]:
     """The matrices of it that stay quantised."""
     match linear:
-        case QuantLinear() | QuantLogits():
+        case QuantLinear() | PairedGatedLinear() | QuantLogits():
             return [linear.weight]
+        case HalvesGatedLinear():
+            return planar_weights(linear.gate_up)
         case StackedQuantLinear():
             return linear.weights
         case StackedLinear():

@@ -15,13 +15,14 @@ from pipeserve.errors import UnsupportedModelError
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.models.config import ModelConfig, read_config
 from pipeserve.models.layers import Decoder, DecoderLayer, Head
-from pipeserve.models.linear import Linear, Matrix, make_embedding, make_head
+from pipeserve.models.linear import GatedLinear, Linear, Matrix, make_embedding, make_head
 from pipeserve.models.loader import (
     LayerRange,
     Rows,
     WeightReader,
     form_of,
     fuse,
+    fuse_gated,
     read_global_matrix,
 )
 from pipeserve.models.rotary import rotary_frequencies
@@ -109,7 +110,7 @@ def _load_layer(config: ModelConfig, index: int, weights: WeightReader) -> Decod
         qkv=_load_qkv(config, prefix, weights),
         output=_load_linear(config, weights, f"{prefix}attn_output.weight"),
         ffn_norm_D=weights.tensor(f"{prefix}ffn_norm.weight"),
-        gate_up=_load_linear(config, weights, f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight"),
+        gate_up=_load_gated(config, weights, f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight"),
         down=_load_linear(config, weights, f"{prefix}ffn_down.weight"),
     )
 
@@ -142,6 +143,11 @@ def halves_from_pairs(rows: Tensor, num_heads: int, rope_dim: int) -> Tensor:
 def _load_linear(config: ModelConfig, weights: WeightReader, *names: str) -> Linear:
     form = form_of(names[0], weights.backend, config.num_layers)
     return fuse(*_load_rows(weights, names), weights.backend, form)
+
+
+def _load_gated(config: ModelConfig, weights: WeightReader, *names: str) -> GatedLinear:
+    form = form_of(names[0], weights.backend, config.num_layers)
+    return fuse_gated(*_load_rows(weights, names), weights.backend, form)
 
 
 def _load_rows(

@@ -22,9 +22,18 @@ from pipeserve.gguf.quants import dequantise
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.kernels.backend import Backend, WeightForm
 from pipeserve.kernels.fp8_reference import Fp8Weight, has_fp8_shape, quantise_rows
-from pipeserve.kernels.quant_layout import LAYOUTS, planar_bytes
+from pipeserve.kernels.paired_rows import PAIRED_FEATURES, pair_rows
+from pipeserve.kernels.quant_layout import LAYOUTS, PlanarWeight, planar_bytes
 from pipeserve.kernels.quant_repack import repack, repack_parts
-from pipeserve.models.linear import Linear, Matrix, make_linear, stack_linears
+from pipeserve.models.linear import (
+    GatedLinear,
+    HalvesGatedLinear,
+    Linear,
+    Matrix,
+    PairedGatedLinear,
+    make_linear,
+    stack_linears,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +238,29 @@ def fuse(
         matrix = make_matrix(rows, backend, form)
         linears.append(make_linear(matrix, _fuse_biases(rows, group_biases), backend))
     return stack_linears(linears, backend)
+
+
+def fuse_gated(
+    parts: Sequence[Rows],
+    biases: Sequence[Tensor | None],
+    backend: Backend,
+    form: WeightForm,
+) -> GatedLinear:
+    """Gate and up as fuse has them; as pairs where they are planar, of one type and of whole blocks
+    of pairs."""
+    type_name, num_features = parts[0].type_name, parts[0].values.shape[0]
+    is_planar = form in ("planar", "both") and type_name is not None
+    if not is_planar or type_name != parts[1].type_name or num_features % PAIRED_FEATURES:
+        return HalvesGatedLinear(fuse(parts, biases, backend, form), backend)
+    rows = Rows(values=pair_rows(*(part.values for part in parts)), type_name=type_name)
+    matrix = make_matrix([rows], backend, form)
+    assert isinstance(matrix, PlanarWeight), "blocks of one type are held as they are"
+    bias = _fuse_biases(parts, biases)
+    return PairedGatedLinear(
+        dataclasses.replace(matrix, is_paired=True),
+        None if bias is None else pair_rows(*bias.chunk(2)),
+        backend,
+    )
 
 
 def read_global_matrix(weights: WeightReader, name: str) -> Matrix:

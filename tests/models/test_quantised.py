@@ -33,7 +33,7 @@ from pipeserve.models.layers import (
     LayerCache,
     PrefillMetadata,
 )
-from pipeserve.models.linear import Fp8Linear, QuantLinear, QuantLogits
+from pipeserve.models.linear import Fp8Linear, HalvesGatedLinear, QuantLinear, QuantLogits
 from pipeserve.models.loader import LayerRange, Rows, WeightReader, device_bytes, make_matrix
 from pipeserve.models.registry import check_model, find_family
 from tests.models import tiny
@@ -206,7 +206,8 @@ def test_e4m3_where_it_costs_least_and_plain_elsewhere(type_name: str, tmp_path:
     )
     decoder = load_as_is(path, CPU, dataclasses.replace(REFERENCE, weight_form="fp8"))
     for index, layer in enumerate(decoder.layers):
-        linears = (layer.output, layer.gate_up, layer.down)
+        assert isinstance(layer.gate_up, HalvesGatedLinear)
+        linears = (layer.output, layer.gate_up.gate_up, layer.down)
         assert {isinstance(linear, Fp8Linear) for linear in linears} == {index in (3, 4)}
         assert not isinstance(layer.qkv, Fp8Linear)
     assert decoder.head is not None and not isinstance(decoder.head.output, Fp8Linear)
