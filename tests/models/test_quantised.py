@@ -26,6 +26,7 @@ from pipeserve.kernels.backend import (
 )
 from pipeserve.kernels.fp8_reference import Fp8Weight
 from pipeserve.kernels.quant_layout import LAYOUTS
+from pipeserve.kernels.quant_reference import values_of
 from pipeserve.models.layers import (
     AttentionMetadata,
     DecodeMetadata,
@@ -33,8 +34,22 @@ from pipeserve.models.layers import (
     LayerCache,
     PrefillMetadata,
 )
-from pipeserve.models.linear import Fp8Linear, HalvesGatedLinear, QuantLinear, QuantLogits
-from pipeserve.models.loader import LayerRange, Rows, WeightReader, device_bytes, make_matrix
+from pipeserve.models.linear import (
+    Fp8Linear,
+    HalvesGatedLinear,
+    PairedGatedLinear,
+    QuantLinear,
+    QuantLogits,
+    planar_weights,
+)
+from pipeserve.models.loader import (
+    LayerRange,
+    Rows,
+    WeightReader,
+    device_bytes,
+    fuse_gated,
+    make_matrix,
+)
 from pipeserve.models.registry import check_model, find_family
 from tests.models import tiny
 
@@ -145,6 +160,54 @@ def test_planar_weights_give_the_logits_of_the_dequantised_ones(
     )
     assert plain.std() > 0.1
     torch.testing.assert_close(planar, plain, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("type_names", "num_features", "form", "is_paired"),
+    [
+        (("Q4_K", "Q4_K"), 512, "planar", True),
+        (("Q4_0", "Q4_0"), 256, "both", True),
+        (("Q4_K", "Q6_K"), 512, "planar", False),
+        (("Q4_K", "Q4_K"), 320, "planar", False),
+        (("Q4_K", "Q4_K"), 512, "dense", False),
+    ],
+)
+@pytest.mark.parametrize("biases", [(None, None), (None, 1.0), (0.5, 1.0)], ids=str)
+def test_gate_and_up_are_pairs_where_they_can_be(
+    type_names: tuple[str, str],
+    num_features: int,
+    form: WeightForm,
+    is_paired: bool,
+    biases: tuple[float | None, float | None],
+) -> None:
+    """And the same numbers come out of them."""
+    rng = np.random.default_rng(0)
+    parts = [
+        Rows(
+            values=torch.from_numpy(
+                tiny.random_blocks((num_features, 256), GGMLQuantizationType[name], rng)
+            ),
+            type_name=name,
+        )
+        for name in type_names
+    ]
+    bias_F = torch.randn(num_features)
+    wanted_biases = [None if bias is None else bias * bias_F for bias in biases]
+    gated = fuse_gated(parts, wanted_biases, REFERENCE, form)
+    assert isinstance(gated, PairedGatedLinear if is_paired else HalvesGatedLinear)
+    weights = planar_weights(gated)
+    assert [weight.is_paired for weight in weights] == [is_paired] * len(weights)
+    assert len(weights) == (0 if form == "dense" else len(set(type_names)))
+    x = torch.randn(3, 256)
+    gate, up = (
+        torch.nn.functional.linear(x, make_matrix([part], REFERENCE, "dense"), bias)  # type: ignore[arg-type]
+        for part, bias in zip(parts, wanted_biases, strict=True)
+    )
+    wanted = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(values_of(gated(x)), wanted, atol=1e-3, rtol=1e-4)
+    if form == "both":
+        dense = weights[0].dense_NK
+        assert dense is not None and torch.equal(dense, REFERENCE.dequantise(weights[0]))
 
 
 def token_ids(num_tokens: int, vocab_size: int, *, num_runs: int) -> list[list[int]]:
