@@ -11,7 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeserve.kernels.fp8_mma import choose_fp8_tiling, fp8_mma, why_not_loaded
+from pipeserve.kernels.fp8_mma import (
+    choose_fp8_tiling,
+    fp8_mma,
+    has_few_outputs,
+    why_not_loaded,
+)
 from pipeserve.kernels.fp8_reference import Fp8Rows, Fp8Weight
 from pipeserve.kernels.fp8_rows import multiply_rows
 from pipeserve.kernels.fp8_tokens import quantise_tokens
@@ -19,7 +24,10 @@ from pipeserve.kernels.quant_reference import LinearInput, PreparedRows, values_
 from pipeserve.kernels.quant_split import card_limits
 
 FEW_ROWS = 128
-"""Up to so many our kernels multiply."""
+"""Up to so many our kernels multiply, where their scales are grouped or outputs are few."""
+WIDE_ROWS = 64
+"""Up to so many by a matrix of many outputs: at 128 torch takes 40 us for 28672x4096 on an H200,
+ours 46."""
 
 
 def fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tensor:
@@ -28,10 +36,11 @@ def fp8_linear(x: LinearInput, weight: Fp8Weight, bias_N: Tensor | None) -> Tens
     if rows is None:
         rows = quantise_tokens(values_of(x))
     num_tokens, device = rows.codes_TK.shape[0], rows.codes_TK.device
-    if num_tokens > FEW_ROWS:
-        return multiply_many(rows, weight, bias_N)
     num_rows, num_columns = weight.codes_NK.shape
     multiprocessors = card_limits(device).num_multiprocessors
+    is_wide = not rows.is_grouped and not has_few_outputs(num_rows, multiprocessors)
+    if num_tokens > (WIDE_ROWS if is_wide else FEW_ROWS):
+        return multiply_many(rows, weight, bias_N)
     tiling = choose_fp8_tiling(
         num_rows, num_columns, num_tokens, multiprocessors, is_grouped=rows.is_grouped
     )

@@ -2,8 +2,7 @@
 // that takes time: both operands from shared memory, where the copy engine keeps up to STAGES steps
 // of columns in flight. The weights of the first steps are asked for before the activations are
 // there. The blocks of a cluster take parts of the columns of the same outputs; their sums are added
-// in a fixed order, over distributed shared memory. SHARING blocks of neighbouring outputs may take
-// the same part: each copies its share of the activations to all of them.
+// in a fixed order, over distributed shared memory.
 
 // HOPPER
 
@@ -18,35 +17,15 @@ constexpr int STAGE_BYTES = WEIGHT_BYTES + ATOMS * X_ATOM_BYTES;
 constexpr int PITCH = BLOCK_N + 4;       // of the sums' rows: no two threads in one bank
 constexpr int SCALE_PITCH = BLOCK_T + 2;  // of the rows of x's scales
 
-// The same on the barrier of another block of the cluster.
-DEVICE void barrier_arrive_of_warp_at(u32 barrier, u32 rank) {
-    asm volatile(
-        "{ .reg .pred elected; .reg .b32 there; elect.sync _|elected, -1;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "@elected mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-
-// To the same places of all blocks of the cluster whose bits are set.
-DEVICE void copy_tile_to(u32 to, const TensorMap &map, int column, int row, u32 barrier, u64 hint,
-                         u16 blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(hint)
-        : "memory");
-}
-
 // WGMMA
 
 struct Maps {
     TensorMap weights, x;
 };
 
-// What a block works on; first_mate: the rank of the first block that takes the same part.
+// What a block works on.
 struct Work {
-    int first_row, first_token, first_step, num_steps, part, mate, first_mate;
+    int first_row, first_token, first_step, num_steps, part;
 };
 
 // Shared memory: slots for steps of both operands, and per slot a barrier that it is full and one
@@ -74,19 +53,12 @@ DEVICE void copy_weights(const Maps &maps, const Work &work, int i, u32 slot, co
 }
 
 DEVICE void copy_x(const Maps &maps, const Work &work, int i, u32 slot, const Ring &ring) {
-    constexpr int TOKENS = BLOCK_T / SHARING;  // that this block copies
     u32 barrier = ring.full + 8 * slot, to = ring.slots + slot * STAGE_BYTES + WEIGHT_BYTES;
 #pragma unroll
-    for (int atom = 0; atom < ATOMS; atom++) {
-        int column = ((work.first_step + i) * ATOMS + atom) * ATOM;
-        u32 at = to + atom * X_ATOM_BYTES + work.mate * TOKENS * ATOM;
-        int token = work.first_token + work.mate * TOKENS;
-        if (SHARING == 1)
-            copy_tile(at, maps.x, column, token, barrier, EVICT_NORMAL);
-        else
-            copy_tile_to(at, maps.x, column, token, barrier, EVICT_NORMAL,
-                         (u16)(((1 << SHARING) - 1) << work.first_mate));
-    }
+    for (int atom = 0; atom < ATOMS; atom++)
+        copy_tile(to + atom * X_ATOM_BYTES, maps.x,
+                  ((work.first_step + i) * ATOMS + atom) * ATOM, work.first_token, barrier,
+                  EVICT_NORMAL);
 }
 
 // One thread; the first steps' weights are on their way.
@@ -146,8 +118,8 @@ DEVICE void add_part(float (&sums)[BLOCK_T / 2], float (&part)[BLOCK_T / 2], con
     }
 }
 
-// One warpgroup's outputs. The tensor cores keep sums in fewer bits than float32 has, so with
-// WIDE_SUMS those of each 128 columns leave them.
+// One warpgroup's outputs. The tensor cores keep sums in fewer bits than float32 has, so those of
+// each 128 columns leave them.
 DEVICE void multiply_all(float (&sums)[TILES][BLOCK_T / 2], int group, const Work &work,
                          const Ring &ring) {
     Cursor at;
@@ -166,27 +138,18 @@ DEVICE void multiply_all(float (&sums)[TILES][BLOCK_T / 2], int group, const Wor
                 for (int tile = 0; tile < TILES; tile++) {
                     u64 a = weights + (atom * WEIGHT_ATOM_BYTES + tile * 64 * ATOM >> 4) + 2 * k;
                     u64 b = x + (atom * X_ATOM_BYTES >> 4) + 2 * k;
-                    if (!WIDE_SUMS)
-                        multiply<1>(sums[tile], a, b);
-                    else if (k == 0)
+                    if (k == 0)
                         multiply<0>(part[tile], a, b);
                     else
                         multiply<1>(part[tile], a, b);
                 }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (atom == ATOMS - 1) {
-                u32 empty = ring.empty + 8 * at.slot;
-                if (SHARING == 1) barrier_arrive_of_warp(empty);
+            if (atom == ATOMS - 1) barrier_arrive_of_warp(ring.empty + 8 * at.slot);
 #pragma unroll
-                for (int mate = 0; mate < SHARING; mate++)
-                    if (SHARING > 1) barrier_arrive_of_warp_at(empty, work.first_mate + mate);
-            }
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                const float *scales = ring.scales + (i * ATOMS + atom) * SCALE_PITCH;
-                if (WIDE_SUMS) add_part(sums[tile], part[tile], scales);
-            }
+            for (int tile = 0; tile < TILES; tile++)
+                add_part(sums[tile], part[tile],
+                         ring.scales + (i * ATOMS + atom) * SCALE_PITCH);
         }
         at.advance();
     }
@@ -228,10 +191,8 @@ DEVICE void store_sums(const Work &work, u32 kept, const float *x_scales,
         if (row >= num_rows) continue;
         float4 value[PARTS];
 #pragma unroll
-        for (int j = 0; j < PARTS; j++) {
-            u32 from = kept + (token * PITCH + local_row) * 4;
-            value[j] = load_of_rank(from, j * SHARING + work.mate);
-        }
+        for (int j = 0; j < PARTS; j++)
+            value[j] = load_of_rank(kept + (token * PITCH + local_row) * 4, j);
         float4 total = value[0];
 #pragma unroll
         for (int j = 1; j < PARTS; j++) {
@@ -254,10 +215,9 @@ DEVICE void store_sums(const Work &work, u32 kept, const float *x_scales,
 
 // Tiles of outputs go round fastest, so that blocks that run at once share few tiles of x.
 DEVICE Work work_of(int num_row_tiles, int num_all_steps) {
-    int parts = cluster_size() / SHARING, rank = cluster_rank();
-    int tile = blockIdx.x / cluster_size() * SHARING + rank % SHARING;
+    int parts = cluster_size(), tile = blockIdx.x / parts;
     Work work;
-    work.part = rank / SHARING, work.mate = rank % SHARING, work.first_mate = rank - work.mate;
+    work.part = cluster_rank();
     work.first_row = tile % num_row_tiles * BLOCK_N;
     work.first_token = tile / num_row_tiles * BLOCK_T;
     work.first_step = work.part * num_all_steps / parts;
@@ -284,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
         prefetch_map(maps.x);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(ring.full + 8 * i, 1);
-            barrier_init(ring.empty + 8 * i, WARPGROUPS * 4 * SHARING);
+            barrier_init(ring.empty + 8 * i, WARPGROUPS * 4);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -293,10 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
             copy_weights(maps, work, i, i, ring);
     }
     __syncwarp();
-    if (SHARING == 1)
-        __syncthreads();
-    else
-        cluster_sync();
+    __syncthreads();
     if (warp == WARPGROUPS * 4) {
         if (threadIdx.x == CONSUMERS) copy_all(maps, work, ring);
         __syncwarp();
@@ -319,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     else
         cluster_sync();
     u32 kept = shared_address(slots);
-    switch (cluster_size() / SHARING) {
+    switch (cluster_size()) {
         case 1:
             store_sums<1>(work, kept, x_scales, weight_scales, bias, out, num_rows, num_tokens);
             break;

@@ -56,14 +56,8 @@ class Fp8Variant:
     """Steps in flight or in use."""
     blocks_at_once: int
     """Per multiprocessor: bounds the registers of a thread."""
-    has_wide_sums: bool = True
-    """Sums leave the tensor cores, which keep them in fewer bits than float32 has, after each step.
-    Takes twice as many registers for sums."""
-    sharing: int = 1
-    """Blocks of neighbouring outputs that share what they copy of the activations: 1, 2 or 4, of
-    which each copies a multiple of 8 tokens."""
     is_grouped: bool = False
-    """Activations have a scale per atom rather than per token; takes wide sums."""
+    """Activations have a scale per atom rather than per token."""
 
     @property
     def block_n(self) -> int:
@@ -97,7 +91,7 @@ class Fp8Tiling:
 
     variant: Fp8Variant
     num_parts: int
-    """Of the columns, a power of 2: so many times sharing blocks are a cluster."""
+    """Of the columns, a power of 2: so many blocks are a cluster."""
 
 
 def fp8_mma(
@@ -119,17 +113,16 @@ def fp8_mma(
     num_steps = variant.num_steps(num_columns)
     _check(x, tiling, num_steps)
     out_TN = torch.empty((num_tokens, num_rows), dtype=torch.bfloat16, device=device)
-    row_tiles = -(-num_rows // (variant.block_n * variant.sharing)) * variant.sharing
+    row_tiles = -(-num_rows // variant.block_n)
     token_tiles = -(-num_tokens // variant.block_t)
-    x_map = _map(x.codes_TK, variant.block_t // variant.sharing)
-    maps = _map(weight.codes_NK, variant.block_n) + x_map
+    maps = _map(weight.codes_NK, variant.block_n) + _map(x.codes_TK, variant.block_t)
     pointers = (x.scales_TG, weight.scales_1N, bias_N, out_TN)
     integers = (num_rows, num_tokens, row_tiles, num_steps, x.scales_TG.shape[1])
     shared_bytes = variant.shared_bytes(variant.num_groups(num_columns, tiling.num_parts))
     replace(_kernel(variant, device), shared_bytes=shared_bytes).launch(
         num_blocks=row_tiles * token_tiles * tiling.num_parts,
         num_threads=variant.warpgroups * 128 + 32,
-        cluster_size=tiling.num_parts * variant.sharing,
+        cluster_size=tiling.num_parts,
         stream=torch.cuda.current_stream(device).cuda_stream,
         starts_early=dependent_launch.is_supported(device),
         arguments=(
@@ -144,12 +137,8 @@ def fp8_mma(
 def _check(x: Fp8Rows, tiling: Fp8Tiling, num_steps: int) -> None:
     variant = tiling.variant
     assert tiling.num_parts <= num_steps, f"{num_steps} steps for {tiling}"
-    assert tiling.num_parts * variant.sharing <= MAX_BLOCKS, f"a larger cluster: {tiling}"
+    assert tiling.num_parts <= MAX_BLOCKS, f"a larger cluster: {tiling}"
     assert variant.is_grouped == x.is_grouped, f"{x.scales_TG.shape[1]} scales a token: {tiling}"
-    assert variant.has_wide_sums or not x.is_grouped, f"groups with narrow sums: {tiling}"
-    # Late arrivals of others at this block's barriers would fall into the sums.
-    steps_bytes = variant.num_stages * variant.step_bytes
-    assert variant.sharing == 1 or variant.sums_bytes <= steps_bytes, f"few stages: {tiling}"
 
 
 def _map(codes: Tensor, box_rows: int) -> bytes:
@@ -168,8 +157,6 @@ def fp8_mma_source(variant: Fp8Variant) -> str:
         "ATOMS": variant.atoms,
         "STAGES": variant.num_stages,
         "BLOCKS_AT_ONCE": variant.blocks_at_once,
-        "WIDE_SUMS": int(variant.has_wide_sums),
-        "SHARING": variant.sharing,
         "GROUPED": int(variant.is_grouped),
     }
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
@@ -234,10 +221,11 @@ class _Preference:
 
 
 def _preference(
-    block_t: int, warpgroups: int, num_stages: int, blocks_at_once: int, most_parts: int
-) -> _Preference:
+    block_t: int, warpgroups: int, num_stages: int, blocks_at_once: int, most_parts: int,
+    *, atoms: int = 1,
+) -> _Preference:  # fmt: skip
     variant = Fp8Variant(
-        block_t=block_t, warpgroups=warpgroups, tiles=1, atoms=1, num_stages=num_stages,
+        block_t=block_t, warpgroups=warpgroups, tiles=1, atoms=atoms, num_stages=num_stages,
         blocks_at_once=blocks_at_once,
     )  # fmt: skip
     return _Preference(variant=variant, most_parts=most_parts)
@@ -247,15 +235,15 @@ _MANY_OUTPUTS = (
     _preference(8, 2, 6, 2, 1),
     _preference(16, 1, 5, 3, 1),
     _preference(32, 2, 5, 2, 1),
-    _preference(64, 2, 4, 2, 1),
-    _preference(128, 2, 6, 1, 1),
+    _preference(64, 2, 6, 1, 1),
+    _preference(128, 2, 4, 1, 1),
 )
 _FEW_OUTPUTS = (
     _preference(8, 1, 4, 4, 8),
     _preference(16, 1, 7, 3, 4),
-    _preference(32, 1, 9, 2, 2),
-    _preference(64, 1, 6, 2, 2),
-    _preference(128, 1, 4, 2, 2),
+    _preference(32, 1, 6, 1, 2, atoms=2),
+    _preference(64, 1, 8, 1, 2),
+    _preference(128, 1, 4, 1, 2, atoms=2),
 )
 """By the tokens of a block; measured on an H200 with the matrices of an 8B model."""
 _MIN_STEPS = 4
@@ -263,13 +251,18 @@ _MIN_STEPS = 4
 _LEAST_STAGES = 2
 
 
+def has_few_outputs(num_rows: int, num_multiprocessors: int) -> bool:
+    """Whether tiles of them leave multiprocessors idle."""
+    return num_rows <= 64 * num_multiprocessors
+
+
 def choose_fp8_tiling(
     num_rows: int, num_columns: int, num_tokens: int, num_multiprocessors: int,
     *, is_grouped: bool = False,
 ) -> Fp8Tiling:  # fmt: skip
     """The smallest tile that holds the tokens, and parts where the outputs leave the card idle."""
-    has_few_outputs = num_rows <= 64 * num_multiprocessors
-    preferences = _FEW_OUTPUTS if has_few_outputs else _MANY_OUTPUTS
+    is_few = has_few_outputs(num_rows, num_multiprocessors)
+    preferences = _FEW_OUTPUTS if is_few else _MANY_OUTPUTS
     preferred = next(
         (some for some in preferences if some.variant.block_t >= num_tokens), preferences[-1]
     )

@@ -26,7 +26,7 @@ from pipeserve.kernels.backend import (
     WeightForm,
     Weights,
 )
-from pipeserve.kernels.fp8 import FEW_ROWS, fp8_linear
+from pipeserve.kernels.fp8 import FEW_ROWS, WIDE_ROWS, fp8_linear
 from pipeserve.kernels.fp8_reference import FP8_GROUP, Fp8Rows
 from pipeserve.kernels.paired_rows import GateUpOrder
 from pipeserve.kernels.quant_dequant import dequantise
@@ -153,9 +153,10 @@ class FormsWanted:
     has_e4m3: bool = False
     """Few rows as 8-bit floats, and none in another form."""
 
-    def is_e4m3_alone(self, num_tokens: int, form: InputForm) -> bool:
-        """Whether such a product takes nothing but 8-bit floats by a scale per token."""
-        return self.has_e4m3 and form == "e4m3" and num_tokens > FEW_ROWS
+    def is_e4m3_alone(self, num_tokens: int, form: InputForm, *, most_grouped: int) -> bool:
+        """Whether a product takes nothing but 8-bit floats by a scale per token, as of more tokens
+        than go by groups."""
+        return self.has_e4m3 and form == "e4m3" and num_tokens > most_grouped
 
     def rooms(
         self, num_tokens: int, num_columns: int, device: torch.device, form: InputForm = "values"
@@ -199,7 +200,7 @@ def add_rms_norm(
 ) -> tuple[LinearInput, Tensor]:  # fmt: skip
     """fused.add_rms_norm."""
     num_tokens, dim = x_TD.shape
-    if forms.is_e4m3_alone(num_tokens, form):
+    if forms.is_e4m3_alone(num_tokens, form, most_grouped=WIDE_ROWS):
         return fp8_fused.add_rms_norm(x_TD, residual_TD, weight_D, eps)
     rounded, interleaved_TD = forms.rooms(num_tokens, dim, x_TD.device, form)
     normed_TD, sum_TD = fused.add_rms_norm(
@@ -214,7 +215,7 @@ def swiglu(
 ) -> LinearInput:  # fmt: skip
     """fused.swiglu."""
     num_tokens, twice = gate_up_TF.shape
-    if forms.is_e4m3_alone(num_tokens, form):
+    if forms.is_e4m3_alone(num_tokens, form, most_grouped=FEW_ROWS):
         assert order == "halves", "planar matrices have the other order"
         return fp8_fused.swiglu(gate_up_TF)
     rounded, interleaved_TF = forms.rooms(num_tokens, twice // 2, gate_up_TF.device, form)

@@ -239,7 +239,9 @@ def fp8_card(device: torch.device) -> torch.device:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 3, 17, 64, 128, 300])
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(48, 64), (960, 576), (4096, 14336)])
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns"), [(48, 64), (960, 576), (9600, 64), (4096, 14336)]
+)
 def test_scaled_products(
     num_tokens: int, num_rows: int, num_columns: int, fp8_card: torch.device
 ) -> None:
