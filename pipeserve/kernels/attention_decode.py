@@ -40,8 +40,9 @@ from pipeserve.kernels.quant_layout import UNIT
 from pipeserve.kernels.quant_reference import ACTIVATION_GROUP, QuantisedRows
 from pipeserve.kernels.rounded_rows import store_rounded
 
-_MOST_MERGES = 2048
-"""Programs of a merge that takes one query head each; beyond, each takes all of a kv head."""
+_MERGES_ALONE, _MERGES_BY_FOUR = 1024, 2048
+"""Up to so many query heads of all sequences are merged by a program each, and by one for four;
+more, of which most have one segment, by one for sixteen (times on an H200, loadtest/README.md)."""
 
 
 @triton.jit
@@ -178,44 +179,70 @@ def decode_merge_kernel(
     wait_for_inputs(PDL)
     if DIRECT and length > 0 and base + span >= length:
         return
+    first_head = tl.program_id(0) * HEADS
+    heads_N = first_head + tl.arange(0, HEADS)
     segments_G = tl.arange(0, NUM_SEGMENTS)
     dims_H = tl.arange(0, BLOCK_H)
-    is_used_G = base + segments_G * span < length
-    for index in tl.static_range(HEADS):
-        head = tl.program_id(0) * HEADS + index
-        slot_G = (seq * num_heads + head) * NUM_SEGMENTS + segments_G
-        lse_G = tl.load(lse_ptr + slot_G, is_used_G, other=float("-inf"))
-        highest = tl.max(lse_G, 0)
-        if HAS_SINKS:
-            sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-            highest = tl.maximum(highest, sink)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        weight_G = tl.exp2(lse_G - highest)
-        total = tl.sum(weight_G, 0)
-        if HAS_SINKS:
-            total += tl.exp2(sink - highest)
-        is_partial_GH = is_used_G[:, None] & (dims_H < HEAD_DIM)[None, :]
-        partial_ptr_GH = partial_ptr + slot_G[:, None] * HEAD_DIM + dims_H[None, :]
-        partial_GH = tl.load(partial_ptr_GH, is_partial_GH, other=0.0)
-        out_H = tl.sum(partial_GH * weight_G[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-        out_ptr_H = out_ptr + seq * out_stride_seq + head * out_stride_head + dims_H
-        out_H = out_H.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr_H, out_H, dims_H < HEAD_DIM)
-        first_column = (seq * num_heads + head) * HEAD_DIM
-        if codes_ptr is not None and sums_ptr is None:
-            store_e4m3(
-                out_H.to(tl.float32), codes_ptr + first_column, scales_ptr + first_column // 128, 0,
-                HEAD_DIM, BLOCK_H,
-            )  # fmt: skip
-        elif codes_ptr is not None:
-            store_rounded(
-                out_H.to(tl.float32), codes_ptr + first_column, scales_ptr + first_column // 32,
-                sums_ptr + first_column // 16, 0, HEAD_DIM // 32, BLOCK_H // 32,
-            )  # fmt: skip
-        if interleaved_ptr is not None:
-            column_H = interleaved_column(head * HEAD_DIM + dims_H)
-            interleaved_ptr_H = interleaved_ptr + seq * num_heads * HEAD_DIM + column_H
-            tl.store(interleaved_ptr_H, out_H, dims_H < HEAD_DIM)
+    is_head_N = heads_N < num_heads
+    is_used_NG = is_head_N[:, None] & (base + segments_G * span < length)[None, :]
+    slot_NG = (seq * num_heads + heads_N[:, None]) * NUM_SEGMENTS + segments_G[None, :]
+    lse_NG = tl.load(lse_ptr + slot_NG, is_used_NG, other=float("-inf"))
+    highest_N = tl.max(lse_NG, 1)
+    if HAS_SINKS:
+        sink_N = tl.load(sinks_ptr + heads_N, is_head_N, other=0.0).to(tl.float32)
+        sink_N *= 1.4426950408889634
+        highest_N = tl.maximum(highest_N, sink_N)
+    highest_N = tl.where(highest_N == float("-inf"), 0.0, highest_N)
+    weight_NG = tl.exp2(lse_NG - highest_N[:, None])
+    total_N = tl.sum(weight_NG, 1)
+    if HAS_SINKS:
+        total_N += tl.exp2(sink_N - highest_N)
+    total_N = tl.where(total_N == 0.0, 1.0, total_N)
+    is_dim_NH = is_head_N[:, None] & (dims_H < HEAD_DIM)[None, :]
+    partial_ptr_NGH = partial_ptr + slot_NG[:, :, None] * HEAD_DIM + dims_H[None, None, :]
+    is_partial_NGH = is_used_NG[:, :, None] & is_dim_NH[:, None, :]
+    partial_NGH = tl.load(partial_ptr_NGH, is_partial_NGH, other=0.0)
+    out_NH = tl.sum(partial_NGH * weight_NG[:, :, None], 1) / total_N[:, None]
+    out_NH = out_NH.to(out_ptr.dtype.element_ty)
+    out_ptr_NH = out_ptr + seq * out_stride_seq + heads_N[:, None] * out_stride_head
+    tl.store(out_ptr_NH + dims_H[None, :], out_NH, is_dim_NH)
+    row = seq * num_heads * HEAD_DIM
+    first_column = row + first_head * HEAD_DIM
+    num_columns = tl.minimum(HEADS, num_heads - first_head) * HEAD_DIM
+    if codes_ptr is not None and sums_ptr is None:
+        store_e4m3(
+            tl.reshape(out_NH, (HEADS * BLOCK_H,)).to(tl.float32), codes_ptr + first_column,
+            scales_ptr + first_column // 128, 0, num_columns, HEADS * BLOCK_H,
+        )  # fmt: skip
+    elif codes_ptr is not None:
+        store_rounded(
+            tl.reshape(out_NH, (HEADS * BLOCK_H,)).to(tl.float32), codes_ptr + first_column,
+            scales_ptr + first_column // 32, sums_ptr + first_column // 16, 0, num_columns // 32,
+            HEADS * BLOCK_H // 32,
+        )  # fmt: skip
+    if interleaved_ptr is not None:
+        _store_interleaved(interleaved_ptr + row, out_NH, first_head, num_heads, HEAD_DIM, BLOCK_H)
+
+
+@triton.jit
+def _store_interleaved(
+    row_ptr, out_NH, first_head, num_heads, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """By pairs: four neighbouring dims of a head become two of them. The head dim is a multiple of
+    four."""
+    HEADS: tl.constexpr = out_NH.shape[0]
+    four_X = tl.arange(0, HEADS * BLOCK_H // 4)
+    head_X = first_head + four_X // (BLOCK_H // 4)
+    dim_X = four_X % (BLOCK_H // 4) * 4
+    column_X = head_X * HEAD_DIM + dim_X
+    # As interleaved_column has it; so that the compiler sees that it is even.
+    place_X = column_X // 256 * 256 + column_X // 4 % 8 * 32 + column_X // 32 % 2 * 16
+    place_X += column_X // 64 % 4 * 2
+    pair = tl.arange(0, 2)
+    place_X22 = place_X[:, None, None] + pair[None, :, None] * 8 + pair[None, None, :]
+    value_X22 = tl.permute(tl.reshape(out_NH, (HEADS * BLOCK_H // 4, 2, 2)), (0, 2, 1))
+    is_kept_X = (head_X < num_heads) & (dim_X < HEAD_DIM)
+    tl.store(row_ptr + place_X22, value_X22, is_kept_X[:, None, None])
 
 
 def paged_attention_decode(
@@ -253,6 +280,7 @@ def paged_attention_decode(
         else out_SNH
     )
     assert out_SNH.stride(2) == 1, "the head dim of the output is contiguous"
+    assert interleaved_SK is None or head_dim % 4 == 0, f"head dim {head_dim}: no multiple of 4"
     per_scale = FP8_GROUP if isinstance(rounded, Fp8Rows) else ACTIVATION_GROUP
     assert rounded is None or rounds_output(num_heads, head_dim, per_scale), "a group of two heads"
     if num_seqs == 0:
@@ -265,7 +293,6 @@ def paged_attention_decode(
     group = num_heads // num_kv_heads
     block_h = triton.next_power_of_2(head_dim)
     is_direct = sinks_N is None and rounded is None
-    heads = 1 if num_seqs * num_heads <= _MOST_MERGES else group
     decode_segments_kernel[(num_kv_heads, num_seqs, config.num_segments)](
         q_SNH,
         k_cache_BPKH,
@@ -304,7 +331,10 @@ def paged_attention_decode(
         num_stages=config.num_stages,
         **launch_options(q_SNH.device),
     )
-    decode_merge_kernel[(num_heads // heads, num_seqs)](
+    heads = _heads_per_merge(num_seqs, num_heads)
+    if rounded is not None and head_dim < block_h:
+        heads = 1  # so that the columns of a program follow each other
+    decode_merge_kernel[(triton.cdiv(num_heads, heads), num_seqs)](
         partial_SNGH,
         lse_SNG,
         lse_SNG if sinks_N is None else sinks_N,
@@ -324,10 +354,22 @@ def paged_attention_decode(
         HEADS=heads,
         HAS_SINKS=sinks_N is not None,
         DIRECT=is_direct,
-        num_warps=2,
+        num_warps=_merge_warps(heads, config.num_segments, block_h),
         **launch_options(q_SNH.device),
     )
     return out_SNH
+
+
+def _heads_per_merge(num_seqs: int, num_heads: int) -> int:
+    if num_seqs * num_heads <= _MERGES_ALONE:
+        return 1
+    wanted = 4 if num_seqs * num_heads <= _MERGES_BY_FOUR else 16
+    return min(wanted, triton.next_power_of_2(num_heads))
+
+
+def _merge_warps(heads: int, num_segments: int, block_h: int) -> int:
+    """So many that a thread holds 64 values of the segments, as far as that is measured."""
+    return min(2 if heads == 1 else 8, max(1, heads * num_segments * block_h // (64 * 32)))
 
 
 def rounds_output(num_heads: int, head_dim: int, group: int = ACTIVATION_GROUP) -> bool:
@@ -372,7 +414,9 @@ def _aot_case(name: str, *, kv: str, head_dim: int, group: int, tile: int) -> Ao
     )
 
 
-def _merge_case(name: str, *, out: str, forms: dict[str, str], has_sinks: bool) -> AotCase:
+def _merge_case(
+    name: str, *, out: str, forms: dict[str, str], heads: int, has_sinks: bool = False
+) -> AotCase:
     absent = dict.fromkeys(set(_FORMS) - set(forms))
     return AotCase(
         name=name,
@@ -391,13 +435,13 @@ def _merge_case(name: str, *, out: str, forms: dict[str, str], has_sinks: bool) 
             "BLOCK_H": 128,
             "TILE": 64,
             "NUM_SEGMENTS": 16,
-            "HEADS": 4 if has_sinks else 1,
+            "HEADS": heads,
             "HAS_SINKS": has_sinks,
             "DIRECT": not has_sinks,
             "PDL": True,
             **absent,
         },
-        num_warps=2,
+        num_warps=_merge_warps(heads, 16, 128),
     )
 
 
@@ -427,7 +471,7 @@ AOT_CASES = (
     _aot_case("bf16_256", kv="bf16", head_dim=256, group=4, tile=32),
     _aot_case("int8_128", kv="i8", head_dim=128, group=4, tile=64),
     _aot_case("f16_80", kv="fp16", head_dim=80, group=7, tile=64),
-    _merge_case("decode_merge", out="bf16", forms={}, has_sinks=True),
-    _merge_case("decode_merge_forms", out="fp16", forms=_FORMS, has_sinks=False),
-    _merge_case("decode_merge_e4m3", out="bf16", forms=_E4M3, has_sinks=False),
+    _merge_case("decode_merge", out="bf16", forms={}, heads=4, has_sinks=True),
+    _merge_case("decode_merge_forms", out="fp16", forms=_FORMS, heads=1),
+    _merge_case("decode_merge_e4m3", out="bf16", forms=_E4M3, heads=4),
 )

@@ -80,11 +80,20 @@ def test_any_launch_shape(
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_many_rows_merge_the_heads_of_a_group_together(
-    has_sinks: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("heads", [2, 16])
+def test_several_heads_are_merged_together(
+    heads: int, has_sinks: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_decode, "_MOST_MERGES", 0)
-    check(AttentionCase(has_sinks=has_sinks), device, SMALL)
+    monkeypatch.setattr(attention_decode, "_heads_per_merge", lambda *sizes: heads)
+    check(AttentionCase(num_heads=6, has_sinks=has_sinks), device, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "num_heads", "heads"),
+    [(1, 32, 1), (32, 32, 1), (33, 32, 4), (64, 32, 4), (65, 32, 16), (1000, 3, 4)],
+)
+def test_more_rows_merge_more_heads_together(num_seqs: int, num_heads: int, heads: int) -> None:
+    assert attention_decode._heads_per_merge(num_seqs, num_heads) == heads
 
 
 @pytest.mark.parametrize(

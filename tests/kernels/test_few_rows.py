@@ -19,7 +19,7 @@ from tests.kernels.test_fused import assert_close
 
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
 
-from pipeserve.kernels import fused, rotary
+from pipeserve.kernels import attention_decode, fused, rotary
 from pipeserve.kernels.attention_decode import paged_attention_decode, rounds_output
 from pipeserve.kernels.quant_gemv import gemv
 from pipeserve.kernels.quant_products import GEMV_ROWS
@@ -62,14 +62,19 @@ def test_swiglu_writes_bytes(dim: int, device: torch.device) -> None:
     assert_bytes_of(rounded, out_TF)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96])
-def test_attention_writes_bytes(head_dim: int, device: torch.device) -> None:
-    case = AttentionCase(num_heads=4, head_dim=head_dim, kv=torch.float16)
+@pytest.mark.parametrize("heads", [1, 4, 16])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(4, 64), (6, 96)])
+def test_attention_writes_bytes(
+    num_heads: int, head_dim: int, heads: int, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(attention_decode, "_heads_per_merge", lambda *sizes: heads)
+    case = AttentionCase(num_heads=num_heads, head_dim=head_dim, kv=torch.float16)
     cache = paged_cache(case, num_seqs=3, length=40, device=device)
-    q_SNH = torch.randn(3, 4, head_dim, device=device).half()
+    q_SNH = torch.randn(3, num_heads, head_dim, device=device).half()
     lengths_S = torch.tensor([40, 0, 17], device=device)
     arguments = (q_SNH, cache.k_BPKH, cache.v_BPKH, cache.block_table_SB, lengths_S, 0.1)
-    rounded = empty_rows(3, 4 * head_dim, device)
+    rounded = empty_rows(3, num_heads * head_dim, device)
     out_SNH = paged_attention_decode(*arguments, **cache.options, rounded=rounded)
     expected = reference_attention.paged_attention_decode(*arguments, **cache.options)
     torch.testing.assert_close(out_SNH, expected, **case.tolerance)

@@ -14,7 +14,7 @@ from tests.kernels.quant_cases import relative_error
 
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
 
-from pipeserve.kernels import fused
+from pipeserve.kernels import attention_decode, fused
 from pipeserve.kernels.fp8 import FEW_ROWS, fp8_linear, multiply_many
 from pipeserve.kernels.fp8_rows import RowsTiling, choose_tiling, multiply_rows, shared_bytes
 from pipeserve.kernels.fp8_tokens import quantise_tokens
@@ -202,10 +202,14 @@ def test_many_tokens_leave_8_bit_floats_alone(dim: int, device: torch.device) ->
     assert isinstance(backend.swiglu(gate_up, form="values"), torch.Tensor)
 
 
-def test_attention_rounds_its_output(device: torch.device) -> None:
-    case = AttentionCase(num_heads=4, head_dim=128, kv=torch.bfloat16)
+@pytest.mark.parametrize("heads", [1, 4, 16])
+def test_attention_rounds_its_output(
+    heads: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_decode, "_heads_per_merge", lambda *sizes: heads)
+    case = AttentionCase(num_heads=6, head_dim=128, kv=torch.bfloat16)
     cache = paged_cache(case, num_seqs=2, length=40, device=device)
-    q_SNH = torch.randn(2, 4, 128, device=device).bfloat16()
+    q_SNH = torch.randn(2, 6, 128, device=device).bfloat16()
     lengths_S = torch.tensor([40, 7], device=device, dtype=torch.int32)
     attended = gpu_backend("fp8", "auto").paged_attention_decode(
         q_SNH, cache.k_BPKH, cache.v_BPKH, cache.block_table_SB, lengths_S, 0.1, **cache.options

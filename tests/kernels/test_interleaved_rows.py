@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
 
-from pipeserve.kernels import fused, quant_products
+from pipeserve.kernels import attention_decode, fused, quant_products
 from pipeserve.kernels.attention_decode import paged_attention_decode
 from pipeserve.kernels.decode_config import DecodeConfig
 from pipeserve.kernels.interleaved_rows import interleave_rows
@@ -55,11 +55,14 @@ def test_norms_and_swiglu_write_them(dim: int, device: torch.device) -> None:
     assert torch.equal(found_TD, twin(out_TF))
 
 
+@pytest.mark.parametrize("heads", [1, 4, 16])
 @pytest.mark.parametrize("num_segments", [1, 4])
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(4, 128), (8, 96)])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(6, 128), (8, 96)])
 def test_attention_writes_them(
-    num_heads: int, head_dim: int, num_segments: int, device: torch.device
-) -> None:
+    num_heads: int, head_dim: int, num_segments: int, heads: int, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(attention_decode, "_heads_per_merge", lambda *sizes: heads)
     case = AttentionCase(num_heads=num_heads, head_dim=head_dim, kv=torch.float16)
     cache = paged_cache(case, num_seqs=2, length=20, device=device)
     q_SNH = torch.randn(2, num_heads, head_dim, device=device).half()
