@@ -103,8 +103,8 @@ class Backend:
     fp8_linear: Callable[[LinearInput, Fp8Weight, Tensor | None], Tensor]
     """The same for a matrix in e4m3."""
     prepare: Callable[[Sequence[PlanarWeight], Sequence[PlanarWeight]], str | None]
-    """Compile what these matrices' products take, where that is better done ahead, those of the
-    second in float32, too; what the user should know of a kernel that cannot be had."""
+    """Compile what these matrices' products take, where that is better done ahead, of the second
+    ones in float32; what the user should know of a kernel that cannot be had."""
 
 
 def _reference_add_rms_norm(

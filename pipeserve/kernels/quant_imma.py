@@ -223,11 +223,16 @@ def _kernel(
 
 
 @cache
-def why_not_loaded(type_name: str, variant: ImmaVariant, device: torch.device) -> str | None:
-    """Loads the kernel with outputs in f16, compiling it where need be; what is in the way, or
-    None. Asked once and for all: what failed is not tried again."""
+def why_not_loaded(
+    type_name: str,
+    variant: ImmaVariant,
+    device: torch.device,
+    out_dtype: torch.dtype = torch.float16,
+) -> str | None:
+    """Loads the kernel, compiling it where need be; what is in the way, or None. Asked once and for
+    all: what failed is not tried again."""
     try:
-        _kernel(type_name, variant, torch.float16, device)
+        _kernel(type_name, variant, out_dtype, device)
     except (CudaDriverError, OSError) as problem:
         return str(problem)
     return None

@@ -130,7 +130,7 @@ class QuantProducts:
             way = self._table.few_rows_way(_key(weight), num_tokens)
         else:
             way = _few_rows_rule(weight, num_tokens)
-        if way is None or (isinstance(way, Imma) and not _can(way, weight)):
+        if way is None or (isinstance(way, Imma) and not _can(way, weight, torch.float16)):
             return Gemv()
         return way
 
@@ -141,9 +141,11 @@ class QuantProducts:
         """As gemv, for rows that takes_bytes."""
         way = self.few_rows_way(weight, x.codes_TK.shape[0])
         if isinstance(way, Imma):
-            return imma(
-                x, weight, bias_N, out_dtype=out_dtype, out_TN=out_TN, tiling=way.tiling
-            )  # fmt: skip
+            if _can(way, weight, out_dtype if out_TN is None else out_TN.dtype):
+                return imma(
+                    x, weight, bias_N, out_dtype=out_dtype, out_TN=out_TN, tiling=way.tiling
+                )  # fmt: skip
+            way = Gemv()
         return gemv(
             x, weight, bias_N, out_dtype=out_dtype, out_TN=out_TN, block_n=way.block_n,
             pieces=way.pieces, num_parts=way.num_parts,
@@ -177,11 +179,9 @@ class QuantProducts:
         way = self.batch_way(weight, num_tokens)
         if not isinstance(way, Mma):
             return way
-        variant = way.tiling.variant
-        is_possible = (
-            takes_mma(x_TK, weight, out_TN)
-            and why_not_loaded(weight.type_name, variant, x_TK.device) is None
-        )
+        out_dtype = torch.float16 if out_TN is None else out_TN.dtype
+        kernel = (weight.type_name, way.tiling.variant, x_TK.device, out_dtype)
+        is_possible = takes_mma(x_TK, weight, out_TN) and why_not_loaded(*kernel) is None
         return way if is_possible else _without_mma(num_tokens)
 
     def batch_way(self, weight: PlanarWeight, num_tokens: int) -> BatchWay:
@@ -203,25 +203,19 @@ class QuantProducts:
         """Compile and load what NVRTC has to compile for these, on all cores: some 25 kernels for
         an 8B model at the first start, 0.3 s of a core each; none from then on.
 
-        wide: those of weights whose products are float32. What is in the way, for the user, where
-        that fails; Triton's kernel then takes its place.
+        wide: others, whose products are float32. What is in the way, for the user, where that
+        fails; Triton's kernel then takes its place.
         """
         wanted = dict.fromkeys(
-            (weight.type_name, variant, weight.low.device, output)
-            for weight in weights
+            (weight.type_name, variant, weight.low.device, torch.float32 if is_wide else output)
+            for is_wide, some in ((False, weights), (True, wide))
+            for weight in some
             if is_hopper(weight.low.device)
             for variant, output in self._batch_kernels(weight)
         )
         compile_ahead([(type_name, variant, output) for type_name, variant, _, output in wanted])
-        compile_ahead(
-            [
-                (weight.type_name, variant, torch.float32)
-                for weight in wide
-                if is_hopper(weight.low.device)
-                for variant, _ in self._batch_kernels(weight)
-            ]
-        )
-        self._prepare_bytes(weights)
+        self._prepare_bytes(weights, torch.float16)
+        self._prepare_bytes(wide, torch.float32)
         for type_name, variant, device, output in wanted:
             reason = why_not_loaded(type_name, variant, device, output)
             if reason is not None:
@@ -232,7 +226,7 @@ class QuantProducts:
                 )
         return None
 
-    def _prepare_bytes(self, weights: Sequence[PlanarWeight]) -> None:
+    def _prepare_bytes(self, weights: Sequence[PlanarWeight], out_dtype: torch.dtype) -> None:
         """As prepare, of the kernels on bytes; where that fails, the others take their place."""
         wanted = dict.fromkeys(
             (weight.type_name, variant, weight.low.device)
@@ -242,9 +236,9 @@ class QuantProducts:
         )
         for device in dict.fromkeys(device for _, _, device in wanted):
             kernels = [(name, variant) for name, variant, other in wanted if other == device]
-            quant_imma.compile_ahead(kernels, torch.cuda.get_device_capability(device))
+            quant_imma.compile_ahead(kernels, torch.cuda.get_device_capability(device), out_dtype)
             for name, variant in kernels:
-                quant_imma.why_not_loaded(name, variant, device)
+                quant_imma.why_not_loaded(name, variant, device, out_dtype)
 
     def _byte_variants(self, weight: PlanarWeight) -> Iterator[ImmaVariant]:
         measured = self._table.products.get(_key(weight))
@@ -293,11 +287,9 @@ def _few_rows_rule(weight: PlanarWeight, num_tokens: int) -> FewRowsWay:
     )
 
 
-def _can(way: Imma, weight: PlanarWeight) -> bool:
-    variant, device = way.tiling.variant, weight.low.device
-    return takes_imma(weight) and (
-        quant_imma.why_not_loaded(weight.type_name, variant, device) is None
-    )
+def _can(way: Imma, weight: PlanarWeight, out_dtype: torch.dtype) -> bool:
+    kernel = (weight.type_name, way.tiling.variant, weight.low.device, out_dtype)
+    return takes_imma(weight) and quant_imma.why_not_loaded(*kernel) is None
 
 
 def _without_mma(num_tokens: int) -> BatchWay:

@@ -37,7 +37,7 @@ from pipeserve.runtime.cost_model import (
 from pipeserve.runtime.devices import int_tensor
 from pipeserve.runtime.loading import prepare_kernels, stage_backend
 from pipeserve.runtime.stage_parts import StageParts, make_parts
-from pipeserve.runtime.step_inputs import StepInputs, exact_shape, pack
+from pipeserve.runtime.step_inputs import StepInputs, StepShape, exact_shape, pack
 from pipeserve.runtime.timing import Call, capture, give_back, seconds_per_call
 from pipeserve.runtime.token_pool import TokenPool
 from pipeserve.runtime.transfer import HostTransfer
@@ -169,7 +169,7 @@ class _Trial:
         return DeviceTimes(
             layers=layers,
             head=head,
-            spared=self._measure_spared(decoder, others_s=others_s, step_s=step_s, head=head),
+            spared=self._measure_spared(decoder, others_s=others_s, step_s=step_s),
             step_s=step_s,
         )
 
@@ -228,13 +228,12 @@ class _Trial:
         prepare_kernels(decoder)
         return decoder
 
-    def _measure_spared(
-        self, decoder: Decoder, *, others_s: float, step_s: float, head: Curve
-    ) -> Curve:
+    def _measure_spared(self, decoder: Decoder, *, others_s: float, step_s: float) -> Curve:
         """Of the last layer, where others of its kind take others_s for a prefill step."""
-        batch = self._prefill_batch()
-        whole_s = self._prefill_s(self._make_parts(replace(decoder, embedding=None)))
-        last_s = whole_s - step_s - head.at(batch.num_rows)
+        parts = self._make_parts(replace(decoder, embedding=None))
+        x_SD = self._hidden(self._shape(parts, self._prefill_batch()).num_samples)
+        logits = capture(lambda: decoder.logits(x_SD), self._stream)
+        last_s = self._prefill_s(parts) - step_s - seconds_per_call(logits, self._device)
         # Noise must not make a layer faster than nothing.
         spared_s = min(max(0.0, others_s - last_s), others_s)
         return Curve(sizes=(self._sizes.chunk_tokens,), seconds=(spared_s,))
@@ -312,17 +311,19 @@ class _Trial:
         return _prefill_batch(self._sizes.chunk_tokens, self._chunk_length, self._facts.num_rows)
 
     def _step(self, parts: StageParts, batch: MicroBatch) -> Call:
-        shapes = parts.shapes if batch.num_decode_rows == 0 else None
-        shape = (
-            exact_shape(batch)
-            if shapes is None
-            else shapes.find_captured(batch) or shapes.find(batch)
-        )
+        shape = self._shape(parts, batch)
         most_positions = int((batch.first_positions_S + batch.num_tokens_S).max())
         max_length = None if self._device.type == "cuda" else most_positions
         inputs = StepInputs.of(int_tensor(pack(batch, shape), self._device), shape)
         hidden_TD = self._hidden(shape.num_tokens)
         return lambda: parts.computation(inputs, hidden_TD, max_length=max_length)
+
+    def _shape(self, parts: StageParts, batch: MicroBatch) -> StepShape:
+        """Steps with prefill are padded as a stage pads them."""
+        shapes = parts.shapes if batch.num_decode_rows == 0 else None
+        if shapes is None:
+            return exact_shape(batch)
+        return shapes.find_captured(batch) or shapes.find(batch)
 
 
 def _first_layer(parts: StageParts) -> StageParts:

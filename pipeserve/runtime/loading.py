@@ -186,7 +186,7 @@ def prepare_kernels(decoder: Decoder) -> str | None:
     ]
     weights = [weight for linear in linears for weight in planar_weights(linear)]
     heads = [] if decoder.head is None else planar_weights(decoder.head.output)
-    return decoder.backend.prepare(weights + heads, heads)
+    return decoder.backend.prepare(weights, heads)
 
 
 def notices(shares: Sequence[Share], config: Config) -> list[str]:

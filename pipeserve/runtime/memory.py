@@ -185,12 +185,14 @@ def measure_stage(parts: StageParts, facts: PipelineFacts) -> StageMemory:
         hidden_TD = parts.make_hidden(num_tokens)
         fewest_chunks = min(facts.num_rows, -(-num_tokens // facts.context_length))
         # The last one for what it compiles.
-        for num_chunks, chained_every in (
-            (facts.num_rows, 2),
-            (facts.num_rows, 1),
-            (fewest_chunks, 2),
+        for num_chunks, chained_every, is_scored in (
+            (facts.num_rows, 2, True),
+            (facts.num_rows, 1, True),
+            (fewest_chunks, 2, False),
         ):
-            step = dearest_step(facts, num_chunks=num_chunks, chained_every=chained_every)
+            step = dearest_step(
+                facts, num_chunks=num_chunks, chained_every=chained_every, is_scored=is_scored
+            )
             runner.run(step, None if hidden_TD is None else hidden_TD[: step.num_tokens])
         torch.cuda.synchronize(device)
         workspace_bytes = before - torch.cuda.mem_get_info(device)[0]
@@ -219,11 +221,14 @@ def _measure_graphs(parts: StageParts) -> int:
     return before - between + each * (len(shapes) - len(largest))
 
 
-def dearest_step(facts: PipelineFacts, *, num_chunks: int, chained_every: int = 2) -> MicroBatch:
+def dearest_step(
+    facts: PipelineFacts, *, num_chunks: int, chained_every: int = 2, is_scored: bool = False
+) -> MicroBatch:
     """As many tokens as a micro-batch and so many rows hold, of rows that all sample with
     everything that costs memory. Every row writes to the same KV block.
 
-    chained_every: one of so many rows has a chain of samplers, and so has the only one.
+    chained_every: one of so many rows has a chain of samplers, and so has the only one. is_scored:
+    prompts are, too, for which the last layer computes every token.
     """
     num_tokens = min(facts.max_batch_tokens, num_chunks * facts.context_length)
     num_tokens_S = np.full(num_chunks, num_tokens // num_chunks, dtype=np.int32)
@@ -236,6 +241,7 @@ def dearest_step(facts: PipelineFacts, *, num_chunks: int, chained_every: int = 
         frequency_penalty=0.5,
         logit_bias=((0, 1.0),),
         num_logprobs=min(MAX_LOGPROBS, facts.vocab_size),
+        num_prompt_logprobs=min(MAX_LOGPROBS, facts.vocab_size) if is_scored else None,
     )
     chained = replace(
         plain,

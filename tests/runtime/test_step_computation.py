@@ -3,6 +3,7 @@ layer is computed for the tokens that are read."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeserve.kernels.backend import backend_for
+from pipeserve.kernels.backend import InputForm, backend_for
+from pipeserve.kernels.quant_reference import LinearInput
 from pipeserve.models.layers import LayerCache
 from pipeserve.runtime.block_table import BlockTable
 from pipeserve.runtime.step_computation import StepComputation
@@ -76,7 +78,18 @@ def test_the_last_layer_ends_early_for_tokens_that_nobody_reads(
 
     with torch.inference_mode():
         short, whole = computation(), computation()
+        fed: list[int] = []
+        last = decoder.layers[-1]
+        gate_up = last.gate_up
+
+        def counted(x_TI: torch.Tensor, *, form: InputForm) -> LinearInput:
+            fed.append(len(x_TI))
+            return gate_up(x_TI, form=form)
+
+        layers = (*decoder.layers[:-1], dataclasses.replace(last, gate_up=counted))
+        short = dataclasses.replace(short, decoder=dataclasses.replace(decoder, layers=layers))
         logits_NV = short(inputs, None, max_length=16)
+        assert sum(fed) == len(sampled), "the last layer's feed-forward"
         x_TD = whole.hidden(inputs, None, max_length=16)
         assert len(x_TD) == 12
         torch.testing.assert_close(logits_NV, whole.sampled_logits(inputs, x_TD))
