@@ -7,7 +7,8 @@ Three rules make it safe. Every program of such a kernel waits, also one that ha
 a kernel that has ended says that all before it have. Before it waits, it writes nothing, and reads
 only what was there when the model was loaded or what kernels in front of the last plain launch have
 written: rotary_angles is launched plainly, behind what says where a step's rows stand. It lets the
-next kernel start at any time.
+next kernel start at any time. Two products by one x bend the second rule (quant_mma.cu): the first
+lets the second start when its own wait is over; that one reads and writes at once, and waits last.
 (PTX: griddepcontrol; the CUDA programming guide, programmatic dependent launch.)
 """
 

@@ -414,11 +414,15 @@ DEVICE Work work_of(int num_token_tiles, int num_all_steps) {
 
 // SWIGLU
 
+// Of two products by the same x the first lets the second start once x is there, which so need not
+// wait for the first: it waits when it is done, so that whoever waits for it has waited for both.
+constexpr int FIRST = 1, SECOND = 2;
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     quant_mma(const __grid_constant__ Maps maps, const void *supers, const void *words,
               const u16 *bias, void *out, u16 *interleaved_out, int num_rows, int num_tokens,
-              int num_all_steps, int num_token_tiles, int out_stride) {
-    start_next_kernel();
+              int num_all_steps, int num_token_tiles, int out_stride, int turn) {
+    if (turn != FIRST) start_next_kernel();
     extern __shared__ char shared[];
     char *stages = shared + (1024 - (shared_address(shared) & 1023)) % 1024;
     Rings rings = rings_at(shared_address(stages));
@@ -443,7 +447,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     if (threadIdx.x == 0)
         for (int i = 0; i < min(STAGES, work.num_steps); i++)
             copy_weights(maps, work, i, i, rings);
-    wait_for_inputs();
+    if (turn != SECOND) wait_for_inputs();
+    if (turn == FIRST) start_next_kernel();
     if (threadIdx.x == 32)
         for (int i = 0; i < min(X_SLOTS, work.num_steps * X_PER_STEP); i++)
             copy_x(maps, work, i, i, rings);
@@ -483,4 +488,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     __syncwarp();
     if (work.parts > 1) cluster_wait_for_readers();  // no block ends while others read its sums
 #endif
+    if (turn == SECOND) wait_for_inputs();
 }

@@ -84,6 +84,11 @@ class MmaVariant:
         return self.block_n in (128, 256, 512)
 
 
+Turn = Literal["alone", "first", "second"]
+"""Of products: the second one, launched right behind the first one by the same interleaved x, runs
+beside it; whoever waits for the second has waited for both."""
+_TURNS: tuple[Turn, ...] = get_args(Turn)
+
 MmaOutput = torch.dtype | Literal["swiglu"]
 """What a kernel writes: the product in float16 or float32, or in float16 what SwiGLU makes of it,
 in two orders of columns."""
@@ -158,7 +163,7 @@ def has_mma(device: torch.device) -> bool:
 def mma(
     x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None = None,
     *, interleaved_TK: Tensor | None = None, out_dtype: torch.dtype | None = None,
-    out_TN: Tensor | None = None, tiling: MmaTiling | None = None,
+    out_TN: Tensor | None = None, tiling: MmaTiling | None = None, turn: Turn = "alone",
 ) -> Tensor:  # fmt: skip
     """x W^T + b [T, N] in f16 or, as out_dtype, float32, for any number of tokens.
 
@@ -177,7 +182,10 @@ def mma(
         tiling = choose_mma_tiling(
             weight.layout, num_rows, weight.num_columns, num_tokens, multiprocessors
         )
-    _launch(x_TK, weight, bias_N, out_TN, None, interleaved_TK=interleaved_TK, tiling=tiling)
+    assert turn == "alone" or interleaved_TK is not None, "x is not there when the second starts"
+    _launch(
+        x_TK, weight, bias_N, out_TN, None, interleaved_TK=interleaved_TK, tiling=tiling, turn=turn
+    )  # fmt: skip
     return out_TN
 
 
@@ -204,6 +212,7 @@ def mma_swiglu(
 def _launch(
     x_TK: Tensor, weight: PlanarWeight, bias_N: Tensor | None, out: Tensor,
     interleaved_TF: Tensor | None, *, interleaved_TK: Tensor | None, tiling: MmaTiling,
+    turn: Turn = "alone",
 ) -> None:  # fmt: skip
     """interleaved_TF: where SwiGLU's outputs go in that order; None: out takes the product's."""
     num_tokens, num_steps = x_TK.shape[0], weight.num_columns // STEP_COLUMNS
@@ -216,7 +225,9 @@ def _launch(
     x_map = tensor_map(interleaved_TK, box_rows=variant.block_t, box_columns=64, swizzle=128)
     maps = _weight_maps(weight, variant.block_n) + x_map
     pointers = (weight.supers, weight.scales, bias_N, out, interleaved_TF)
-    integers = (weight.num_rows, num_tokens, num_steps, token_tiles, out.stride(0))
+    integers = (
+        weight.num_rows, num_tokens, num_steps, token_tiles, out.stride(0), _TURNS.index(turn)
+    )  # fmt: skip
     output: MmaOutput = out.dtype if interleaved_TF is None else "swiglu"
     _kernel(weight.type_name, variant, output, x_TK.device).launch(
         num_blocks=row_tiles * token_tiles * tiling.num_parts,

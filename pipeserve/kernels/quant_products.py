@@ -29,6 +29,7 @@ from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_mma import (
     MmaOutput,
     MmaVariant,
+    Turn,
     compile_ahead,
     has_mma,
     is_hopper,
@@ -79,16 +80,17 @@ RULE_ROWS = (8, 16, 32, 64, 128, 256)
 
 def multiply(
     way: BatchWay, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None = None,
-    *, out_TN: Tensor | None = None,
+    *, out_TN: Tensor | None = None, turn: Turn = "alone",
 ) -> Tensor:  # fmt: skip
     """x W^T + b [T, N] in x's type, in out_TN if given, in x's type or float32, whose rows may lie
-    anywhere."""
+    anywhere. turn: of mma alone."""
     x_TK = values_of(x)
     match way:
         case Mma(tiling=tiling):
             return mma(
-                x_TK, weight, bias_N, interleaved_TK=_interleaved(x), out_TN=out_TN, tiling=tiling
-            )
+                x_TK, weight, bias_N, interleaved_TK=_interleaved(x), out_TN=out_TN, tiling=tiling,
+                turn=turn,
+            )  # fmt: skip
         case Gemm(tiling=gemm_tiling):
             return gemm(x_TK, weight, bias_N, out_TN=out_TN, tiling=gemm_tiling)
         case Dequantise():
@@ -153,10 +155,23 @@ class QuantProducts:
 
     def batch(
         self, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None,
-        *, out_TN: Tensor | None = None,
+        *, out_TN: Tensor | None = None, turn: Turn = "alone",
     ) -> Tensor:  # fmt: skip
         """As multiply, for any number of rows in f16 or bf16."""
-        return multiply(self._way(values_of(x), weight, out_TN), x, weight, bias_N, out_TN=out_TN)
+        way = self._way(values_of(x), weight, out_TN)
+        return multiply(way, x, weight, bias_N, out_TN=out_TN, turn=turn)
+
+    def turns(
+        self, x: LinearInput, weights: Sequence[PlanarWeight], outs_TN: Sequence[Tensor]
+    ) -> Sequence[Turn]:
+        """In which batch multiplies x by these one behind the other."""
+        is_pair = len(weights) == 2 and _interleaved(x) is not None
+        if is_pair and all(
+            isinstance(self._way(values_of(x), weight, out_TN), Mma)
+            for weight, out_TN in zip(weights, outs_TN, strict=True)
+        ):
+            return ["first", "second"]
+        return ["alone"] * len(weights)
 
     def gated_batch(
         self, x: LinearInput, weight: PlanarWeight, bias_N: Tensor | None

@@ -82,14 +82,20 @@ def auto_stacked_linear(
     x_TK = values_of(x)
     if any(products.takes_bytes(weight, x_TK.shape[0]) for weight, _ in parts):
         x = _with_bytes(x)  # once for all of them
-    return _side_by_side(x_TK, parts, partial(auto_linear, products, x))
+        return _side_by_side(x_TK, parts, partial(auto_linear, products, x))
+    return f16_stacked_linear(products, x, parts)
 
 
 def f16_stacked_linear(
     products: QuantProducts, x: LinearInput, parts: Sequence[BiasedWeight]
 ) -> Tensor:
     """f16_linear of each part, outputs side by side."""
-    return _side_by_side(values_of(x), parts, partial(products.batch, x))
+    x_TK, weights = values_of(x), [weight for weight, _ in parts]
+    out_TN, outs_TN = _columns_of(x_TK, weights)
+    turns = products.turns(x, weights, outs_TN)
+    for (weight, bias_N), part_TN, turn in zip(parts, outs_TN, turns, strict=True):
+        products.batch(x, weight, bias_N, out_TN=part_TN, turn=turn)
+    return out_TN
 
 
 def int8_stacked_linear(
@@ -118,11 +124,17 @@ def _side_by_side(
     x_TK: Tensor, parts: Sequence[BiasedWeight], multiply: Callable[..., Tensor]
 ) -> Tensor:
     """Every part writes its columns of one output."""
-    widths = [weight.num_rows for weight, _ in parts]
-    out_TN = x_TK.new_empty((x_TK.shape[0], sum(widths)))
-    for (weight, bias_N), part_TN in zip(parts, out_TN.split(widths, dim=1), strict=True):
+    out_TN, outs_TN = _columns_of(x_TK, [weight for weight, _ in parts])
+    for (weight, bias_N), part_TN in zip(parts, outs_TN, strict=True):
         multiply(weight, bias_N, out_TN=part_TN)
     return out_TN
+
+
+def _columns_of(x_TK: Tensor, weights: Sequence[PlanarWeight]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One output of all these, and each one's columns of it."""
+    widths = [weight.num_rows for weight in weights]
+    out_TN = x_TK.new_empty((x_TK.shape[0], sum(widths)))
+    return out_TN, out_TN.split(widths, dim=1)
 
 
 def _bytes_of(x: LinearInput) -> QuantisedRows:

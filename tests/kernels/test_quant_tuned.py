@@ -24,7 +24,7 @@ from pipeserve.kernels import quant_imma, quant_mma, quant_products
 from pipeserve.kernels.backend import Activations
 from pipeserve.kernels.nvrtc import CudaDriverError
 from pipeserve.kernels.quant_imma import ImmaTiling, choose_imma_tiling
-from pipeserve.kernels.quant_mma import has_mma
+from pipeserve.kernels.quant_mma import MmaTiling, MmaVariant, has_mma
 from pipeserve.kernels.quant_products import QuantProducts
 from pipeserve.kernels.quant_split import CardLimits
 from pipeserve.kernels.quant_tuned import TunedTable, as_json, read_table, tuned_table
@@ -353,6 +353,61 @@ def test_captured_products_are_the_eager_ones(num_tokens: int, hopper: torch.dev
             assert relative_error(found, expected) <= (0 if num_tokens <= GEMM_ROWS else 1e-3)
         wanted = quant_reference.matmul(static.float(), gate_up)
         assert relative_error(captured[1], wanted) < 1.2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [9, 16, 32, 64, 128, 256])
+def test_products_beside_each_other_are_those_behind_each_other(
+    num_tokens: int, hopper: torch.device
+) -> None:
+    """Behind the norm that writes their x, before one that reads both, time and again in a graph: x
+    lies where it did before."""
+    torch.manual_seed(0)
+    backend = gpu_backend("quantised", "auto", tuned_table(H200))
+    parts = [(random_weight(name, rows, 4096, hopper), None) for name, rows in STACK]
+    assert backend.prepare([weight for weight, _ in parts], []) is None
+    ones, wide = (torch.ones(size, device=hopper).half() for size in (4096, 6144))
+    x_TD = torch.randn(num_tokens, 4096, device=hopper).half()
+
+    def run(one_by_one: bool) -> list[torch.Tensor]:
+        found = []
+        for factor in range(1, 9):
+            normed = backend.rms_norm(x_TD.roll(factor, dims=1), ones, 1e-6)
+            if one_by_one:
+                columns = [backend.quant_linear(normed, weight, None) for weight, _ in parts]
+                both_TN = torch.cat(columns, dim=1)
+            else:
+                both_TN = backend.stacked_quant_linear(normed, parts)
+            found.append(values_of(backend.rms_norm(both_TN, wide, 1e-6)))
+        return found
+
+    run(False)
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        captured = run(False)
+    for _ in range(20):
+        x_TD.normal_()
+        graph.replay()
+        for found, expected in zip(captured, run(True), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("is_mma", "turns"), [(True, ["first", "second"]), (False, ["alone"] * 2)])
+def test_only_products_of_one_kind_are_beside_each_other(
+    is_mma: bool, turns: list[str], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    products = QuantProducts(TunedTable())
+    weights = [random_weight(name, 8, 256, device) for name in ("Q4_K", "Q6_K")]
+    values_TK = torch.zeros(9, 256, device=device).half()
+    outs_TN = values_TK[:, :16].split(8, dim=1)
+    variant = MmaVariant(block_t=16, warpgroups=1, tiles=1, num_stages=2)
+    way = Mma(tiling=MmaTiling(variant=variant, num_parts=1)) if is_mma else Gemm()
+    monkeypatch.setattr(QuantProducts, "_way", lambda *arguments: way)
+    mixed = PreparedRows(values_TK=values_TK, interleaved_TK=values_TK)
+    assert products.turns(mixed, weights, outs_TN) == turns
+    assert products.turns(values_TK, weights, outs_TN) == ["alone"] * 2, "x is made by each"
+    assert products.turns(mixed, weights[:1], outs_TN[:1]) == ["alone"]
 
 
 @pytest.mark.gpu
