@@ -33,6 +33,8 @@ MAX_LOOKED_AT = 64
 """Waiting sequences that are considered for one micro-batch."""
 MOST_SCORED = 256
 """Prompt tokens of a sequence in one step if they are scored: each passes the head as well."""
+TAIL = 1 / 4
+"""Of a chunk: so little more ends the prompt with it, rather than with a step of its own."""
 TURN_BY_ARRIVAL = 8
 """Of so many steps, one computes prompts in the order of arrival: whose turn never comes by
 priority and shares, holds its row not for ever."""
@@ -371,8 +373,10 @@ class Scheduler:
         if sequence.is_rewound:
             draft.add_restart(sequence)
             sequence.is_rewound = False
-        first = sequence.num_computed_tokens
-        num_tokens = min(sequence.num_remaining_prefill, self._attention.num_tokens(first, budget))
+        first, remaining = sequence.num_computed_tokens, sequence.num_remaining_prefill
+        num_tokens = min(remaining, self._attention.num_tokens(first, budget))
+        if remaining - num_tokens <= TAIL * num_tokens and remaining <= self._space(draft):
+            num_tokens = remaining
         if sequence.sampling.num_prompt_logprobs is not None:
             num_tokens = min(num_tokens, MOST_SCORED)
         is_last = num_tokens == sequence.num_remaining_prefill
@@ -381,6 +385,10 @@ class Scheduler:
         if is_last:
             del self._prefilling[sequence]
         return budget - self._attention.cost(first, num_tokens)
+
+    def _space(self, draft: StepDraft) -> int:
+        """Tokens that the step has room for."""
+        return self.facts.max_batch_tokens - sum(chunk.num_tokens for chunk in draft.chunks)
 
     def _advance(self, draft: StepDraft) -> None:
         """Record the submitted step: its tokens count as computed, its samples as on their way."""

@@ -183,3 +183,37 @@ def test_freeing_a_free_block_is_noticed() -> None:
     pool.free(taken)
     with pytest.raises(AssertionError, match="has no user"):
         pool.free(taken)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "chunks"),
+    [(64, [32, 32]), (72, [32, 40]), (73, [32, 32, 9]), (8, [8])],
+)
+def test_a_prompts_short_rest_goes_with_the_chunk_before_it(
+    num_prompt_tokens: int, chunks: list[int]
+) -> None:
+    """A step of its own would cost the prompt's first token as long as a whole chunk."""
+    limits = facts(num_stages=1, num_blocks=512, context_length=512, max_batch_tokens=256)
+    scheduler = Scheduler(limits)
+    stages = FakeStages(limits)
+    scheduler.add(sequence(0, max_tokens=200))
+    run_until_decoding(scheduler, stages, 1)
+    scheduler.add(sequence(1, num_prompt_tokens))
+    found: list[int] = []
+    while sum(found) < num_prompt_tokens:
+        sizes = [len(batch.prefill_token_ids) for batch in fill(scheduler, stages)]
+        found += [size for size in sizes if size > 0]
+        run_step(scheduler, stages)
+    assert found == chunks
+
+
+def test_a_short_rest_does_not_go_beyond_the_step() -> None:
+    limits = facts(num_stages=1, num_blocks=512, context_length=512, max_batch_tokens=32)
+    scheduler = Scheduler(limits)
+    stages = FakeStages(limits)
+    scheduler.add(sequence(0, 66))
+    sizes = [batch.num_tokens for batch in fill(scheduler, stages)]
+    while len(sizes) < 3:
+        run_step(scheduler, stages)
+        sizes += [batch.num_tokens for batch in fill(scheduler, stages)]
+    assert max(sizes) <= 32 and sum(sizes) >= 66
