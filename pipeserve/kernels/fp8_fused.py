@@ -24,23 +24,11 @@ from pipeserve.kernels.dependent_launch import (
     wait_for_inputs,
 )
 from pipeserve.kernels.fp8_reference import Fp8Rows
-from pipeserve.kernels.fp8_tokens import empty_rows, token_codes
+from pipeserve.kernels.fp8_tokens import empty_rows, store_token
 from pipeserve.kernels.quant_split import has_ptx
 
 _VALUES_PER_WARP = 512
 _MOST_WARPS = 16
-
-
-@triton.jit
-def _store_token(
-    value_K, codes, scales, token, num_columns, BLOCK: tl.constexpr, ASM: tl.constexpr
-):
-    """One token's float32 values, 0 past its columns."""
-    peak = tl.maximum(tl.max(tl.abs(value_K), 0), 1e-10)
-    column = tl.arange(0, BLOCK)
-    code_K = token_codes(value_K, peak, ASM)
-    tl.store(codes + token * num_columns + column, code_K, mask=column < num_columns)
-    tl.store(scales + token, peak * (1 / 448.0))
 
 
 @triton.jit
@@ -60,7 +48,7 @@ def add_rms_norm_e4m3_kernel(
     tl.store(sums + token * dim + dims_D, x_D, is_dim_D)
     inverse_rms = tl.rsqrt(tl.sum(x_D * x_D, 0) / dim + eps)
     out_D = (x_D * inverse_rms * weight_D).to(x.dtype.element_ty).to(tl.float32)
-    _store_token(out_D, codes, scales, token, dim, BLOCK, ASM)
+    store_token(out_D, codes, scales, token, dim, BLOCK, ASM)
 
 
 @triton.jit
@@ -78,7 +66,7 @@ def swiglu_e4m3_kernel(
     gate_F = tl.load(gate_ptr_F, is_feature_F, other=0.0).to(tl.float32)
     up_F = tl.load(gate_ptr_F + dim, is_feature_F, other=0.0).to(tl.float32)
     out_F = (gate_F / (1.0 + tl.exp(-gate_F)) * up_F).to(gate_up.dtype.element_ty)
-    _store_token(out_F.to(tl.float32), codes, scales, token, dim, BLOCK, ASM)
+    store_token(out_F.to(tl.float32), codes, scales, token, dim, BLOCK, ASM)
 
 
 def add_rms_norm(

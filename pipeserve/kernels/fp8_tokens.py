@@ -44,7 +44,7 @@ def _e4m3_bits(magnitude):
 
 
 @triton.jit
-def token_codes(value, peak, ASM: tl.constexpr):
+def _token_codes(value, peak, ASM: tl.constexpr):
     """_e4m3_codes; with ASM by the instruction that such cards have, to the same bits."""
     if ASM:
         return tl.inline_asm_elementwise(
@@ -80,6 +80,16 @@ def store_e4m3(value_K, codes, scales, first_column, num_columns, COLUMNS: tl.co
 
 
 @triton.jit
+def store_token(value_K, codes, scales, token, num_columns, BLOCK: tl.constexpr, ASM: tl.constexpr):
+    """Write one token's float32 values, 0 past its columns, by one scale."""
+    peak = tl.maximum(tl.max(tl.abs(value_K), 0), 1e-10)
+    column = tl.arange(0, BLOCK)
+    code_K = _token_codes(value_K, peak, ASM)
+    tl.store(codes + token * num_columns + column, code_K, mask=column < num_columns)
+    tl.store(scales + token, peak * (1 / 448.0))
+
+
+@triton.jit
 def quantise_tokens_kernel(
     x, codes, scales, num_columns, x_stride, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -90,11 +100,7 @@ def quantise_tokens_kernel(
     column = tl.arange(0, BLOCK_K)
     wait_for_inputs(PDL)
     value = tl.load(x + token * x_stride + column, mask=column < num_columns, other=0)
-    value = value.to(tl.float32)
-    peak = tl.maximum(tl.max(tl.abs(value), 0), 1e-10)
-    code = token_codes(value, peak, ASM)
-    tl.store(codes + token * num_columns + column, code, mask=column < num_columns)
-    tl.store(scales + token, peak * (1 / 448.0))
+    store_token(value.to(tl.float32), codes, scales, token, num_columns, BLOCK_K, ASM)
 
 
 def empty_rows(num_tokens: int, num_columns: int, group: int, device: torch.device) -> Fp8Rows:
