@@ -155,7 +155,7 @@ def _parse_request(line: str, where: str) -> Request:
             key=str(values.get("key", "")),
             priority=int(values.get("priority", 0)),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f'{where}: {error!r}; a line is like {{"arrival_s": 0.5, "prompt_tokens": 512, '
             '"output_tokens": 128}'

@@ -102,7 +102,8 @@ def parse_costs(text: str) -> StageCosts:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if len(values) not in (4, 5, 6) or not all(0 <= each < float("inf") for each in values):
+    is_right = len(values) in (4, 5, 6) and all(0 <= each < float("inf") for each in values)
+    if not is_right or not any(values):
         raise ConfigError(
             f"costs is {text!r}; give microseconds per step, row, prefill token and KV position "
             "(and per prefill pair, and per step with prefill), such as 3500,41,29,0.044"

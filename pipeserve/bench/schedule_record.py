@@ -146,6 +146,9 @@ def _parse_run(lines: list[dict[str, Any]]) -> RecordedRun:
             if line["kind"] == "tokens"
         ],
     )
+    told = {seq_id for step in run.tokens for seq_id in step.seq_ids}
+    if not requests or told != set(run.submitted_s):
+        raise ValueError("of a run some requests or their tokens are missing")
     return RecordedRun(about=head["about"], facts=facts, run=run)
 
 

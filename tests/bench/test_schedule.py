@@ -248,6 +248,7 @@ def test_a_trace_file_is_read_in_order_of_arrival(tmp_path: Path) -> None:
         ("[1, 2]", ":1: "),
         ('{"arrival_s": -1, "prompt_tokens": 1, "output_tokens": 1}', r"arrival_s is -1\.0"),
         ('{"arrival_s": 0, "prompt_tokens": 0, "output_tokens": 1}', "prompt_tokens 0"),
+        ('{"arrival_s": 0, "prompt_tokens": 1e999, "output_tokens": 1}', ":1: OverflowError"),
         ("", "has no request"),
     ],
 )
@@ -298,6 +299,7 @@ def test_the_command_prints_every_figure_and_draws_the_stages(
         (Options(bursts="0/1"), "bursts is '0/1'"),
         (Options(clients=4, costs="1,2"), "costs is '1,2'"),
         (Options(clients=4, costs="1,2,3,-4"), "costs is '1,2,3,-4'"),
+        (Options(clients=4, costs="0,0,0,0"), "costs is '0,0,0,0'"),
         (Options(clients=4, kv_tokens=512), "a request has 640 tokens and the KV cache holds 512"),
         (Options(trace=Path("nowhere")), "cannot read the trace nowhere"),
         (Options(replay=Path("nowhere")), "cannot read the record nowhere"),

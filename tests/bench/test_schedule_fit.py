@@ -144,6 +144,17 @@ def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
         read_runs(path)
 
 
+def test_a_run_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    append_run(path, made_up(2, TRUTH))
+    lines = path.read_text().splitlines(keepends=True)
+    num_requests = sum('"kind":"request"' in line for line in lines)
+    for num_left in (1, 1 + num_requests, len(lines) // 2):
+        path.write_text("".join(lines[:num_left]))
+        with pytest.raises(ConfigError, match="some requests or their tokens are missing"):
+            read_runs(path)
+
+
 def test_a_record_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
     workload = make_workload(
         prompt=Lengths.parse("1"),
