@@ -59,8 +59,8 @@ def choose_layout(config: Config, survey: LayoutSurvey | None) -> Layout:
     survey: where needs_survey asked for one.
 
     Raises:
-        ConfigError: replicas and stages do not go with the devices that were found, or replicas
-            share a GPU without a limit.
+        ConfigError: replicas, stages and memory limits do not go with the devices that were found,
+            or replicas share a GPU without a limit.
     """
     devices = config.devices if survey is None else survey.devices
     if devices == ("auto",):
@@ -107,6 +107,7 @@ def _deal_out(config: Config, devices: Sequence[str], num_replicas: int) -> tupl
     if num_replicas == 1:
         return (config,)
     _check_sharing(config, devices)
+    _check_limits(config, devices)
     size = len(devices) // num_replicas
     limits = config.memory_limit_bytes
     shares = []
@@ -124,6 +125,16 @@ def _deal_out(config: Config, devices: Sequence[str], num_replicas: int) -> tupl
             )
         )
     return tuple(shares)
+
+
+def _check_limits(config: Config, devices: Sequence[str]) -> None:
+    """Before they are dealt out: a share would not tell that it got those of other devices."""
+    count = len(config.memory_limit_bytes or (0,))
+    if count not in (1, len(devices)):
+        raise ConfigError(
+            f"memory_limit_bytes has {count} values for {len(devices)} devices; give one for each "
+            "device of all replicas, or one for all"
+        )
 
 
 def _check_sharing(config: Config, devices: Sequence[str]) -> None:

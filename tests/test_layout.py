@@ -124,6 +124,14 @@ def test_auto_chooses_only_between_gpus_of_their_own(
     assert needs_survey(Config(**options), may_have_several_gpus=True) is is_open
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_limits_are_dealt_out_only_where_every_device_has_one(count: int) -> None:
+    """Two for the stages of each of two replicas would leave the second one without any."""
+    config = Config(devices=FOUR, replicas=2, memory_limit_bytes=(ByteSize(2**30),) * count)
+    with pytest.raises(ConfigError, match=f"memory_limit_bytes has {count} values for 4 devices"):
+        choose_layout(config, None)
+
+
 def test_replicas_share_a_gpu_only_with_a_limit() -> None:
     options: dict[str, Any] = {"devices": ("cuda:0", "cuda:0"), "replicas": 2}
     with pytest.raises(ConfigError, match=r"cuda:0 more than once .* set kv_cache_bytes"):
