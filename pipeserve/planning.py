@@ -9,9 +9,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+import torch
+
 from pipeserve.config import Config
+from pipeserve.core.layout import LayoutSurvey
 from pipeserve.gguf.reader import GGUFFile
 from pipeserve.hub import resolve_model
+from pipeserve.layout import Layout, choose_layout, is_open, needs_survey
 from pipeserve.models.registry import check_model
 from pipeserve.runtime.cost_model import OUTPUT_TOKENS, PROMPT_TOKENS
 from pipeserve.runtime.devices import resolve_devices
@@ -22,6 +26,7 @@ from pipeserve.runtime.forecast import (
     find_limits,
     forecast,
 )
+from pipeserve.runtime.layouts import find_devices, survey_layouts
 from pipeserve.runtime.placement import check_options, choose, explain
 from pipeserve.runtime.survey import survey_devices
 from pipeserve.toolchain import check_toolchain
@@ -40,7 +45,7 @@ graphs take of a GPU is estimated here, and measured when the model is loaded.""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that the command prints."""
+    """Everything that the command prints; of several replicas, what concerns the first."""
 
     model: str
     num_layers: int
@@ -51,6 +56,15 @@ class Plan:
     limits: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
     """Each with the best cut that it allows."""
+    layout: str | None = None
+    """How many replicas there are, and why; None where nothing else was to be had."""
+    other_replicas: tuple[Plan, ...] = ()
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Of all replicas together."""
+        each = (plan.forecast.output_tokens_per_s for plan in (self, *self.other_replicas))
+        return sum(each)
 
 
 def make_plan(config: Config) -> Plan:
@@ -61,15 +75,38 @@ def make_plan(config: Config) -> Plan:
     """
     path = resolve_model(config.model, cache_dir=config.cache_dir)
     with GGUFFile.open(path) as gguf_file:
-        model = check_model(gguf_file)
-        targets = resolve_devices(config.devices, num_layers=model.num_layers)
-        check_options(model, config, num_stages=len(targets))
-        if any(device.type == "cuda" for device in targets):
-            check_toolchain()
-        survey = survey_devices(gguf_file, model, config, targets)
+        layout, is_given = _lay_out(gguf_file, config)
+        first, *others = (_plan_replica(path.name, gguf_file, each) for each in layout.replicas)
+    if is_given and not others:
+        return first
+    count = "one replica" if not others else f"{len(layout.replicas)} replicas"
+    reason = f"{count} ({layout.reason})"
+    return dataclasses.replace(first, layout=reason, other_replicas=tuple(others))
+
+
+def _lay_out(gguf_file: GGUFFile, config: Config) -> tuple[Layout, bool]:
+    """As the daemon does, and whether there was nothing to find out for it."""
+    may_have_several_gpus = torch.cuda.device_count() > 1
+    if not needs_survey(config, may_have_several_gpus=may_have_several_gpus):
+        return choose_layout(config, None), True
+    devices = find_devices(gguf_file, config)
+    survey = LayoutSurvey(devices=devices, forecasts=())
+    if is_open(config, devices):
+        check_toolchain()
+        survey = survey_layouts(gguf_file, config)
+    return choose_layout(config, survey), False
+
+
+def _plan_replica(name: str, gguf_file: GGUFFile, config: Config) -> Plan:
+    model = check_model(gguf_file)
+    targets = resolve_devices(config.devices, num_layers=model.num_layers)
+    check_options(model, config, num_stages=len(targets))
+    if any(device.type == "cuda" for device in targets):
+        check_toolchain()
+    survey = survey_devices(gguf_file, model, config, targets)
     cut, best = choose(survey, config)
     return Plan(
-        model=path.name,
+        model=name,
         num_layers=model.num_layers,
         max_num_seqs=survey.facts.num_rows,
         max_num_batched_tokens=survey.facts.max_batch_tokens,
@@ -87,6 +124,18 @@ def as_json(plan: Plan) -> str:
 
 def as_text(plan: Plan) -> str:
     """Tables for people."""
+    parts = [] if plan.layout is None else [plan.layout, ""]
+    replicas = (plan, *plan.other_replicas)
+    for index, replica in enumerate(replicas):
+        if len(replicas) > 1:
+            parts.append(f"replica {index}:")
+        parts += [*_replica_lines(replica), ""]
+    if len(replicas) > 1:
+        parts += [f"together {_rate(plan.output_tokens_per_s)} output tokens/s", ""]
+    return "\n".join((*parts, LEGEND))
+
+
+def _replica_lines(plan: Plan) -> list[str]:
     expected = plan.forecast
     head = (
         f"{plan.model}, {plan.num_layers} layers, max_num_seqs {plan.max_num_seqs}, "
@@ -97,7 +146,7 @@ def as_text(plan: Plan) -> str:
         f"{OUTPUT_TOKENS} tokens with all that can run: {_rate(expected.output_tokens_per_s)} "
         "output tokens/s"
     )
-    parts = [
+    return [
         head,
         plan.reason,
         "",
@@ -109,10 +158,7 @@ def as_text(plan: Plan) -> str:
         *(f"limited by {limit}" for limit in plan.limits),
         "",
         *_table(_alternative_rows(plan)),
-        "",
-        LEGEND,
     ]
-    return "\n".join(parts)
 
 
 def _stage_rows(expected: Forecast) -> Rows:

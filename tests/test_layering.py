@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"models", "kernels", "gguf", "core", "config", "errors"},
     "server": {"engine", "text", "core", "config", "errors"},
     "bench": BELOW_DAEMON,
-    "planning": {"runtime", "models", "gguf", "hub", "config", "toolchain"},
+    "planning": {"runtime", "models", "gguf", "hub", "config", "core", "layout", "toolchain"},
     "toolchain": {"errors"},
     "restarts": set(),
     "signals": set(),

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeserve import cli
+from pipeserve import cli, planning
 from pipeserve.bench.shapes import find_shape
 from pipeserve.bench.synthetic import write_model
 from pipeserve.config import Config
+from pipeserve.core.layout import LayoutForecast, LayoutSurvey
 from pipeserve.errors import ConfigError
 from pipeserve.planning import as_json, as_text, make_plan
 
@@ -71,6 +72,40 @@ def test_any_number_of_stages(num_stages: int, folder: Path) -> None:
     plan = make_plan(plan_config(folder, devices=("cpu",) * num_stages))
     assert len(plan.forecast.stages) == num_stages
     assert ("without the last device (cpu)" in as_text(plan)) == (num_stages > 1)
+
+
+def test_replicas_are_planned_as_they_would_be_loaded(folder: Path) -> None:
+    """The split holds for every replica, whose devices are its share of all."""
+    options = {"devices": ("cpu",) * 4, "replicas": 2, "layer_split": (3, 5)}
+    plan = make_plan(plan_config(folder, **options))
+    assert len(plan.other_replicas) == 1
+    for each in (plan, *plan.other_replicas):
+        assert each.forecast.layer_split == (3, 5)
+    text = as_text(plan)
+    assert text.startswith("2 replicas (the options ask for it on 4 devices)")
+    assert "replica 1:" in text
+    (other,) = json.loads(as_json(plan))["other_replicas"]
+    assert len(other["forecast"]["stages"]) == 2
+    assert f"together {plan.output_tokens_per_s:.0f} output tokens/s" in text
+    both = sum(each.forecast.output_tokens_per_s for each in (plan, *plan.other_replicas))
+    assert plan.output_tokens_per_s == both
+
+
+def test_the_layout_that_auto_would_choose_is_planned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forecasts = (
+        LayoutForecast(num_replicas=1, output_tokens_per_s=100.0),
+        LayoutForecast(num_replicas=2, output_tokens_per_s=190.0),
+    )
+    found = LayoutSurvey(devices=("cpu", "cpu"), forecasts=forecasts)
+    monkeypatch.setattr(planning, "needs_survey", lambda config, **facts: True)
+    monkeypatch.setattr(planning, "is_open", lambda config, devices: True)
+    monkeypatch.setattr(planning, "survey_layouts", lambda gguf_file, config: found)
+    monkeypatch.setattr(planning, "check_toolchain", lambda: None)
+    plan = make_plan(plan_config(folder))
+    assert len(plan.forecast.stages) == len(plan.other_replicas) == 1
+    assert "2 replicas: 190 output tokens/s expected" in as_text(plan)
 
 
 def test_more_threads_than_cores_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
