@@ -15,6 +15,7 @@ from pipeserve.runtime import kv_cache
 from pipeserve.runtime.cost_model import decode_tokens_per_s, prefill_tokens_per_s
 from pipeserve.runtime.partition import Partition
 from pipeserve.runtime.placement import best_cut
+from pipeserve.runtime.plan import GPU_ROWS
 from pipeserve.runtime.survey import Survey, SurveyedDevice
 
 LOADS = (1, 8, 32, 128, 256)
@@ -144,9 +145,9 @@ def find_alternatives(survey: Survey, cut: Partition) -> tuple[Alternative, ...]
     if int8 != survey:
         surveys['kv_cache_dtype = "int8"'] = int8
     if len(survey.devices) > 1:
-        fewer = replace(survey, devices=survey.devices[:-1])
+        fewer = _with_devices(survey, survey.devices[:-1])
         surveys[f"without the last device ({last.device})"] = fewer
-    more = replace(survey, devices=(*survey.devices, last))
+    more = _with_devices(survey, (*survey.devices, last), num_new=1)
     if len(more.devices) <= survey.model.num_layers and _has_cores(more):
         surveys[f"one more device like the last ({last.device})"] = more
     cuts = ((change, other, best_cut(other)) for change, other in surveys.items())
@@ -155,6 +156,19 @@ def find_alternatives(survey: Survey, cut: Partition) -> tuple[Alternative, ...]
         for change, other, found in cuts
         if found is not None
     )
+
+
+def _with_devices(
+    survey: Survey, devices: tuple[SurveyedDevice, ...], *, num_new: int = 0
+) -> Survey:
+    """With the rows that these would have where the options leave that to the devices. num_new: of
+    the devices, cards beside those that are named."""
+    facts = replace(survey.facts, num_stages=len(devices))
+    if survey.has_default_rows and all(each.device.type == "cuda" for each in survey.devices):
+        num_rows = GPU_ROWS * (len({each.device for each in devices}) + num_new)
+        most = max(facts.max_batch_tokens, num_rows)
+        facts = replace(facts, num_rows=num_rows, max_batch_tokens=most)
+    return replace(survey, devices=devices, facts=facts)
 
 
 def _has_cores(survey: Survey) -> bool:

@@ -70,6 +70,8 @@ class Survey:
     devices: tuple[SurveyedDevice, ...]
     wanted_tokens: int | None
     """Of KV, where the options ask for a context_length."""
+    has_default_rows: bool
+    """Whether max_num_seqs is left out, so that rows follow from the devices."""
     threads_per_stage: int
     """Of CPU stages."""
 
@@ -150,6 +152,7 @@ def survey_devices(
         facts=facts,
         devices=tuple(surveyed),
         wanted_tokens=config.context_length,
+        has_default_rows=config.max_num_seqs is None,
         threads_per_stage=config.threads_per_stage,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise, permutations
 from math import prod
 from pathlib import Path
@@ -278,6 +279,30 @@ def test_short_memory_is_named_and_int8_helps(file: GGUFFile) -> None:
     fewer = by_change["without the last device (cpu)"]
     assert fewer.layer_split == (8,)
     assert fewer.output_tokens_per_s < expected.output_tokens_per_s
+
+
+@pytest.mark.usefixtures("without_clock")
+@pytest.mark.parametrize(
+    ("options", "rows"), [({}, (256, 512, 768)), ({"max_num_seqs": 64}, (64,) * 3)]
+)
+def test_cards_bring_their_rows_unless_the_options_say_how_many(
+    options: dict[str, int], rows: tuple[int, ...], file: GGUFFile
+) -> None:
+    made = make_survey(file, 2, **options)
+    cards = tuple(
+        replace(each, device=torch.device("cuda", index), kv_bytes=2**34)
+        for index, each in enumerate(made.devices)
+    )
+    facts = replace(made.facts, num_rows=rows[1], max_batch_tokens=max(256, rows[1]))
+    survey = replace(made, devices=cards, facts=facts)
+    cut = best_cut(survey)
+    assert cut is not None
+    context = survey.facts.context_length
+    assert forecast(survey, cut).kv_tokens == rows[1] * context
+    by_change = {each.change: each.forecast for each in find_alternatives(survey, cut)}
+    assert by_change["without the last device (cuda:1)"].kv_tokens == rows[0] * context
+    more = by_change["one more device like the last (cuda:1)"]
+    assert more.kv_tokens == rows[2] * context
 
 
 # --- weights
