@@ -64,6 +64,7 @@ class TimingSizes:
 
     rows: tuple[int, ...]
     chunk_tokens: int
+    """Of the prompts in a prefill step."""
     length: int
     """Of decoding rows."""
 
@@ -73,7 +74,10 @@ def timing_sizes(facts: PipelineFacts, device: torch.device) -> TimingSizes:
     fewer = (rows for rows in ROWS[device.type] if rows < facts.num_rows)
     return TimingSizes(
         rows=(*fewer, facts.num_rows),
-        chunk_tokens=facts.max_batch_tokens,
+        # Where rows are few, their prompts do not fill a step.
+        chunk_tokens=min(
+            facts.max_batch_tokens, facts.num_rows * min(PROMPT_TOKENS, facts.context_length)
+        ),
         length=min(MEAN_LENGTH, facts.context_length),
     )
 

@@ -345,6 +345,23 @@ def test_every_kind_of_layer_is_measured(file: GGUFFile) -> None:
     assert times.step_s >= 0
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "context_length", "num_tokens"),
+    [(1, 1024, 512), (2, 1024, 1024), (3, 1024, 1200), (2, 100, 200), (64, 100, 1200)],
+)
+def test_a_prefill_step_is_timed_under_the_tokens_that_it_has(
+    num_rows: int, context_length: int, num_tokens: int, file: GGUFFile
+) -> None:
+    """Of a few rows, not under those that the options allow."""
+    model = check_model(file)
+    config = Config(
+        max_num_seqs=num_rows, max_num_batched_tokens=1200, context_length=context_length
+    )
+    facts = first_facts(model, config, (CPU,))
+    trial = layer_times._Trial(file, model, CPU, config, facts)
+    assert trial._sizes.chunk_tokens == trial._prefill_batch().num_tokens == num_tokens
+
+
 def test_threads_are_those_of_a_stage_while_measuring(
     file: GGUFFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
