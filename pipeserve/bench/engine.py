@@ -164,5 +164,6 @@ def _measure_runs(
         if record is not None:
             about = f"{rig.describe()}, {workload.describe(load)}"
             run = make_run(recording, rig.timeline.steps())
-            append_run(record, RecordedRun(about=about, facts=rig.facts, run=run))
+            recorded = RecordedRun(about=about, facts=rig.facts, run=run, policy=rig.admission)
+            append_run(record, recorded)
         yield figures

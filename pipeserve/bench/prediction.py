@@ -95,6 +95,7 @@ def _record(rig: Rig, num_clients: int, options: Options) -> RecordedRun:
     return RecordedRun(
         about=workload.describe(load),
         facts=rig.facts,
+        policy=rig.admission,
         run=make_run(recording, rig.timeline.steps()),
     )
 

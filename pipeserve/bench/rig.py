@@ -66,6 +66,11 @@ class Rig:
         return self.pipeline.facts
 
     @property
+    def admission(self) -> AdmissionPolicy:
+        """What every policy is made from."""
+        return AdmissionPolicy.from_config(self.config)
+
+    @property
     def timeline(self) -> Timeline:
         """Of the last run."""
         return self.numbered.timeline
@@ -85,7 +90,7 @@ class Rig:
             inbox=self.inbox,
             post=runner.deliver,
             stage_timeout_s=self.config.stage_timeout_s,
-            scheduler=POLICIES[policy](pipeline.facts, AdmissionPolicy.from_config(self.config)),
+            scheduler=POLICIES[policy](pipeline.facts, self.admission),
         )
         engine.start()
         try:

@@ -39,6 +39,8 @@ DEFAULT_FACTS = PipelineFacts(
 )
 """Options of a GPU pipeline that are left out, and room for 262,144 tokens."""
 
+DEFAULT_ADMISSION = AdmissionPolicy()
+
 DEFAULT_REQUESTS = 1000
 """Of a trace without clients."""
 
@@ -207,11 +209,20 @@ def fit_facts(facts: PipelineFacts, trace: Trace, *, num_stages: int) -> Pipelin
 
 
 def run_trace(
-    about: str, trace: Trace, facts: PipelineFacts, costs: CostModel, policies: Sequence[str]
+    about: str,
+    trace: Trace,
+    facts: PipelineFacts,
+    costs: CostModel,
+    policies: Sequence[str],
+    *,
+    admission: AdmissionPolicy = DEFAULT_ADMISSION,
 ) -> tuple[Case, ...]:
-    """The trace once under each policy."""
+    """The trace once under each policy. admission: what these are made from."""
     facts = fit_facts(facts, trace, num_stages=len(costs.stages))
-    return tuple(_run_case(about, name, trace, facts, costs) for name in policies)
+    return tuple(
+        _run_case(about, name, trace, SimulatedPolicy(POLICIES[name](facts, admission)), costs)
+        for name in policies
+    )
 
 
 def replay(
@@ -236,11 +247,13 @@ def replay(
     )
     facts = change_facts(recorded.facts, options)
     trace = recorded.run.trace
-    return (measured, *run_trace(recorded.about, trace, facts, costs, policies))
+    cases = run_trace(recorded.about, trace, facts, costs, policies, admission=recorded.policy)
+    return (measured, *cases)
 
 
-def _run_case(about: str, name: str, trace: Trace, facts: PipelineFacts, costs: CostModel) -> Case:
-    policy = SimulatedPolicy(POLICIES[name](facts, AdmissionPolicy()))
+def _run_case(
+    about: str, name: str, trace: Trace, policy: SimulatedPolicy, costs: CostModel
+) -> Case:
     run = simulate(trace, policy, costs)
     figures = make_figures(run, costs=costs, num_preemptions=policy.num_preemptions)
     return Case(about=about, policy=name, figures=figures, run=run)

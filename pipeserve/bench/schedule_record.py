@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pipeserve.bench.arrivals import Request, Trace
 from pipeserve.bench.recording import Recording, Step
 from pipeserve.bench.schedule_run import Run, StepWork, TimedStep
 from pipeserve.core.batch import PipelineFacts, Span
+from pipeserve.engine.policy import AdmissionPolicy
 from pipeserve.errors import ConfigError
 
 _DIGITS = 7  # of seconds: tenths of a microsecond
@@ -28,6 +29,8 @@ class RecordedRun:
     """Model, devices and load, for people."""
     facts: PipelineFacts
     run: Run
+    policy: AdmissionPolicy = field(default_factory=AdmissionPolicy)
+    """What the options said."""
 
 
 def make_run(recording: Recording, steps: Sequence[TimedStep]) -> Run:
@@ -72,6 +75,7 @@ def _lines(recorded: RecordedRun) -> Iterator[dict[str, Any]]:
         "kind": "run",
         "about": recorded.about,
         "facts": asdict(recorded.facts),
+        "policy": asdict(recorded.policy),
         "num_clients": run.trace.num_clients,
     }
     for seq_id, request in enumerate(run.trace.requests):
@@ -149,7 +153,8 @@ def _parse_run(lines: list[dict[str, Any]]) -> RecordedRun:
     told = {seq_id for step in run.tokens for seq_id in step.seq_ids}
     if not requests or told != set(run.submitted_s):
         raise ValueError("of a run some requests or their tokens are missing")
-    return RecordedRun(about=head["about"], facts=facts, run=run)
+    policy = AdmissionPolicy(**head.get("policy", {}))
+    return RecordedRun(about=head["about"], facts=facts, run=run, policy=policy)
 
 
 def _parse_request(line: dict[str, Any]) -> Request:

@@ -31,7 +31,7 @@ from pipeserve.bench.recording import Moment, Recorder, Recording, Step
 from pipeserve.bench.schedule_costs import H200_8B, split_costs
 from pipeserve.bench.schedule_figures import make_figures
 from pipeserve.bench.schedule_policy import SimulatedPolicy
-from pipeserve.bench.schedule_record import RecordedRun
+from pipeserve.bench.schedule_record import RecordedRun, append_run, read_runs
 from pipeserve.bench.schedule_run import Run
 from pipeserve.bench.schedule_simulator import simulate
 from pipeserve.bench.timeline import WatchedPipeline
@@ -401,21 +401,32 @@ def test_latencies_of_the_start_can_be_left_out() -> None:
 
 # Predictions
 
+PLAIN_OPTIONS = AdmissionPolicy()
 
-def made_up(num_clients: int) -> RecordedRun:
+
+def made_up(num_clients: int, admission: AdmissionPolicy = PLAIN_OPTIONS) -> RecordedRun:
     shape = Shape(
         num_requests=5 * num_clients, prompt=Lengths.parse("512"), output=Lengths.parse("32-64")
     )
     own_facts = facts(
         num_rows=64, num_blocks=16384, context_length=1024, max_batch_tokens=512, block_size=16
     )
-    policy = SimulatedPolicy(Scheduler(own_facts))
+    policy = SimulatedPolicy(Scheduler(own_facts, admission))
     costs = split_costs(H200_8B, (3, 2))
     return RecordedRun(
         about=f"{num_clients} clients",
         facts=own_facts,
         run=simulate(arrivals.clients(num_clients, shape), policy, costs),
+        policy=admission,
     )
+
+
+def test_a_run_without_mixing_is_foretold_without_it(tmp_path: Path) -> None:
+    record = tmp_path / "runs.jsonl"
+    append_run(record, made_up(16, AdmissionPolicy(mixes_prefill=False)))
+    (prediction,) = foretell(read_runs(record))
+    assert prediction.is_within_bounds
+    assert prediction.predicted.itl_p99_ms == pytest.approx(prediction.measured.itl_p99_ms, rel=0.1)
 
 
 def test_every_load_is_foretold_from_every_load() -> None:
