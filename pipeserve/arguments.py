@@ -9,14 +9,16 @@ from pathlib import Path
 
 from pipeserve.config import Config
 
-HTTP_OPTIONS = frozenset(
+LAYOUT_OPTIONS = frozenset(("layout", "replicas", "stages"))
+"""Fields of Config that say how many pipelines there are."""
+
+HTTP_OPTIONS = LAYOUT_OPTIONS | frozenset(
     {
         *("served_model_name", "max_queued_requests", "max_body_bytes", "text_timeout_s"),
         *("processes", "host", "port", "drain_timeout_s", "log_level", "log_format"),
         *("max_queued_tokens", "request_timeout_s"),
         *("api_keys_file", "max_connections", "client_timeout_s", "idle_unload_s"),
         "otlp_endpoint",
-        *("layout", "replicas", "stages"),
     }
 )
 """Fields of Config that mean nothing to commands without the front half."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeserve import __version__
-from pipeserve.arguments import HTTP_OPTIONS, add_options
+from pipeserve.arguments import HTTP_OPTIONS, LAYOUT_OPTIONS, add_options
 from pipeserve.bench.command import BENCH_OPTIONS, add_bench
 from pipeserve.config import Config, load_config
 from pipeserve.errors import PipeserveError
@@ -98,9 +98,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.set_defaults(run=run_plan)
     plan.add_argument("model", metavar="MODEL", help="as for serve")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    add_options(
-        plan, [name for name in Config.model_fields if name not in {"model", *HTTP_OPTIONS}]
-    )
+    left_out = {"model", *HTTP_OPTIONS} - LAYOUT_OPTIONS
+    add_options(plan, [name for name in Config.model_fields if name not in left_out])
 
 
 def _explain_unknown(argument: str) -> str:

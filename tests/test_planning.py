@@ -137,6 +137,11 @@ def test_the_command_takes_the_options_of_serve(
     assert ended.value.code == 0
     stages = json.loads(capsys.readouterr().out)["forecast"]["stages"]
     assert [stage["num_layers"] for stage in stages] == [3, 5]
+    devices = ["--devices", "cpu,cpu,cpu,cpu", "--replicas", "2"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", str(folder / "tiny.gguf"), *options, *devices])
+    assert ended.value.code == 0
+    assert len(json.loads(capsys.readouterr().out)["other_replicas"]) == 1
     with pytest.raises(SystemExit) as ended:
         cli.main(
             ["plan", str(folder / "tiny.gguf"), *options[:-1], "--memory-limit-bytes", "1,2,3"]
