@@ -17,6 +17,7 @@ from pipeserve.core.sampling import SamplingParams
 from pipeserve.kernels import reference_sampling
 
 ERROR_PER_SPREAD = 5.0
+TAIL = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,17 @@ class Precision:
     mean_kl: float
     """Per token, in nats."""
     most_different: float = 0.0
-    """Share of decided tokens that may be others all the same: where errors have a long tail."""
+    """Share of decided tokens that may be others all the same, where errors have a long tail: as
+    far as an error TAIL times as large could make them so."""
+
+    @property
+    def largest_error(self) -> float:
+        """That any step may have, the tail's."""
+        return self.logit_error * (TAIL if self.most_different else 1.0)
 
     @property
     def logit_error(self) -> float:
-        """Most that rounding may move a likely token's logit.
+        """Most that rounding may move a likely token's logit, but for the tail.
 
         Errors of a spread s in the logits make a divergence of about s^2 / 2. What is allowed is
         the largest of thousands of steps, of some of which a model is much less sure.
@@ -43,16 +50,18 @@ FLOAT32 = Precision(mean_kl=1e-7)
 F16 = Precision(mean_kl=1e-3)
 INT8 = Precision(mean_kl=5e-3)
 """int8 activations in some or all regimes, bf16, or int8 keys and values."""
-INT8_EVERYWHERE = Precision(mean_kl=5e-3, most_different=1e-3)
-"""int8 activations in every product. On prompts of random tokens, of whose next token a model is
-unsure, 1 step in 1000 moves by 2 logits (float32 with rounded inputs, 12,000 steps)."""
+INT8_TAIL = Precision(mean_kl=5e-3, most_different=1e-3)
+"""int8 activations in every product, or in those of few rows, as "auto" has them. On prompts of
+random tokens, of whose next token a model is unsure, 1 step in 1000 moves by 2 logits (float32 with
+rounded inputs, 12,000 steps)."""
 FP8 = Precision(mean_kl=2e-2)
 
 
 def decided_tokens(
-    logits_TV: Tensor, sampling: SamplingParams, first_position: int, precision: Precision
+    logits_TV: Tensor, sampling: SamplingParams, first_position: int, error: float
 ) -> tuple[Tensor, Tensor]:
-    """The tokens that the reference's logits lead to, and which of them are decided: [T], [T].
+    """The tokens that the reference's logits lead to, and which of them no error of the logits up
+    to this one can change: [T], [T].
 
     Greedy: the margin of the first token over the second exceeds twice the error. Drawn: the
     number lies between two bounds of the cumulative probability; where no logit is off by more
@@ -61,7 +70,6 @@ def decided_tokens(
 
     first_position: where in its sequence the first of the tokens stands.
     """
-    error = precision.logit_error
     if sampling.is_greedy:
         top_T2, ids_T2 = logits_TV.topk(2)
         return ids_T2[:, 0], top_T2[:, 0] - top_T2[:, 1] > 2 * error

@@ -104,7 +104,7 @@ def compare(
         first, num_output = len(prompt.token_ids), len(result.token_ids)
         ours = record.of_row(last_row - index, first, num_output)
         theirs = torch.from_numpy(reference_logits(reference, prompt.token_ids, result.token_ids))
-        ids, decided = decided_tokens(theirs, prompt.sampling, first, INT8)
+        ids, decided = decided_tokens(theirs, prompt.sampling, first, INT8.logit_error)
         assert decided.float().mean() > 0.2
         assert torch.equal(torch.tensor(result.token_ids)[decided], ids[decided])
         ours_TV.append(torch.from_numpy(ours))

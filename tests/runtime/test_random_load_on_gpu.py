@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeserve.runtime.gpu_shapes import decode_sizes
-from tests.models.decided import F16, FP8, INT8, INT8_EVERYWHERE, Precision
+from tests.models.decided import F16, FP8, INT8, INT8_TAIL, Precision
 from tests.models.requantised import read_model, reference_model
 from tests.runtime.load_agreement import assert_same_alone, compare
 from tests.runtime.random_load import GREEDY, Load, Phase, StepSize, loaded_engine
@@ -59,13 +59,13 @@ class Mode:
 
 
 MODES = {
-    "auto": Mode(precision=INT8),
+    "auto": Mode(precision=INT8_TAIL),
     "f16 activations": Mode(options={"activations": "f16"}, precision=F16),
-    "int8 activations": Mode(options={"activations": "int8"}, precision=INT8_EVERYWHERE),
-    "both weights": Mode(options={"weights": "both"}, precision=INT8),
+    "int8 activations": Mode(options={"activations": "int8"}, precision=INT8_TAIL),
+    "both weights": Mode(options={"weights": "both"}, precision=INT8_TAIL),
     "bf16 weights": Mode(options={"weights": "bf16"}, precision=INT8),
     "fp8 weights": Mode(options={"weights": "fp8"}, precision=FP8),
-    "int8 KV": Mode(options={"kv_cache_dtype": "int8"}, precision=INT8, bytes_per_head=66),
+    "int8 KV": Mode(options={"kv_cache_dtype": "int8"}, precision=INT8_TAIL, bytes_per_head=66),
 }
 
 
