@@ -31,13 +31,13 @@ class PlainScheduler(Scheduler):
             if space > 0:
                 space -= self._add(sequence, space, draft)
         while space > 0 and (newcomer := self._next_arrival()) is not None:
-            self._admit(newcomer, self.prefix_cache.find(newcomer), draft)
+            self._running.admit(newcomer, self.prefix_cache.find(newcomer), draft)
             space -= self._add(newcomer, space, draft)
 
     def _add(self, sequence: Sequence, space: int, draft: StepDraft) -> int:
         """Its next token, or as much of its prompt as there is space for; returns the tokens."""
-        if sequence not in self._prefilling:
-            has_grown = self._grow(sequence, draft)
+        if sequence not in self._running.prefilling:
+            has_grown = self._running.grow(sequence, draft)
             assert has_grown, "its blocks are reserved"
             draft.decode.append(Chunk(sequence=sequence, num_tokens=1, samples=True))
             return 1
@@ -45,13 +45,13 @@ class PlainScheduler(Scheduler):
         is_last = num_tokens == sequence.num_remaining_prefill
         draft.prefill.append(Chunk(sequence=sequence, num_tokens=num_tokens, samples=is_last))
         if is_last:
-            del self._prefilling[sequence]
+            self._running.end_prefill(sequence)
         return num_tokens
 
     def _next_arrival(self) -> Sequence | None:
         """Who has waited longest, if there is a row and KV for it."""
         sequence = min(self._line, key=lambda each: each.ordinal, default=None)
-        if sequence is None or not self._free_rows:
+        if sequence is None or not self._running.has_free_row:
             return None
         num_reserved = sum(map(self._num_blocks_at_end, (*self._running, sequence)))
         return sequence if num_reserved <= self.facts.num_blocks else None

@@ -18,19 +18,16 @@ from pipeserve.engine.late_rows import LateRows, Owed
 from pipeserve.engine.messages import FinishReason, TokenEvents
 from pipeserve.engine.parking import Parking
 from pipeserve.engine.policy import AdmissionPolicy
-from pipeserve.engine.precedence import Precedence
 from pipeserve.engine.prefill_budget import PrefillBudget
 from pipeserve.engine.prefix_cache import PrefixCache
 from pipeserve.engine.reserve import OutputReserve
-from pipeserve.engine.room import Room
+from pipeserve.engine.running_set import MAX_LOOKED_AT, RunningSet
 from pipeserve.engine.sequence import Sequence, SequenceStatus
 from pipeserve.engine.step_draft import Chunk, StepDraft
 from pipeserve.engine.step_in_flight import StepInFlight
 from pipeserve.engine.waiting_line import WaitingLine
 from pipeserve.engine.watched_output import WatchedOutput
 
-MAX_LOOKED_AT = 64
-"""Waiting sequences that are considered for one micro-batch."""
 MOST_SCORED = 256
 """Prompt tokens of a sequence in one step if they are scored: each passes the head as well."""
 TAIL = 1 / 4
@@ -41,12 +38,10 @@ priority and shares, holds its row not for ever."""
 
 
 class Scheduler:
-    """Admits, schedules, preempts and ends sequences on one pipeline.
+    """Admits, schedules and ends sequences on one pipeline.
 
     Who waits is admitted in the order of the waiting line, as soon as a row is free and the KV
-    blocks of all its known tokens, with a reserve for the outputs to come. When a decoding
-    sequence finds no free block, the last in rank is preempted: it gives up its row and blocks
-    and is computed again later. The first in rank is never preempted, so somebody always ends.
+    blocks of all its known tokens, with a reserve for the outputs to come.
     """
 
     def __init__(self, facts: PipelineFacts, policy: AdmissionPolicy | None = None) -> None:
@@ -60,25 +55,12 @@ class Scheduler:
         self.prefix_cache = PrefixCache(
             self.pool, block_size=facts.block_size, is_shared=self.policy.shares_prefixes
         )
-        self.num_preemptions = 0
-        self.num_withdrawals = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self._line = WaitingLine(max_wait_s=self.policy.max_wait_s)
         self.reserve = OutputReserve(block_size=facts.block_size, is_kept=self.policy.keeps_reserve)
         self._budget = PrefillBudget(facts, is_throttled=self.policy.throttles_prefill)
         self._attention = AttentionCost(is_learned=self.policy.weighs_attention)
-        self._running: dict[Sequence, None] = {}
-        self._precedence = Precedence(self._running.keys(), line=self._line, pool=self.pool)
-        self._room = Room(
-            self._running.keys(),
-            line=self._line,
-            pool=self.pool,
-            reserve=self.reserve,
-            block_size=facts.block_size,
-        )
-        self._prefilling: dict[Sequence, None] = {}  # of them, those with prompt left to compute
-        self._free_rows = list(range(facts.num_rows - 1, -1, -1))
         self._late_rows = LateRows(is_used=facts.samples_late)
         self._cohorts = Cohorts(
             count=facts.num_stages,
@@ -86,9 +68,18 @@ class Scheduler:
             late_rows=self._late_rows,
             is_balanced=self.policy.balances_cohorts,
         )
+        self._parking = Parking()
+        self._running = RunningSet(
+            facts,
+            line=self._line,
+            parking=self._parking,
+            pool=self.pool,
+            prefix_cache=self.prefix_cache,
+            reserve=self.reserve,
+            cohorts=self._cohorts,
+        )
         self._in_flight: deque[StepInFlight] = deque()
         self._next_step_id = 0
-        self._parking = Parking()
         self._constrained_tokens: list[tuple[Sequence, tuple[int, ...]]] = []
         self._stuck: list[Sequence] = []
         self._num_decode_steps = 0  # since the last step with prompt chunks only
@@ -101,6 +92,15 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._running.num_preemptions
+
+    @property
+    def num_withdrawals(self) -> int:
+        """Times that a watched sequence's last tokens were not to be written."""
+        return self._running.num_withdrawals
 
     @property
     def num_steps(self) -> int:
@@ -162,50 +162,12 @@ class Scheduler:
     def end(self, sequence: Sequence, status: SequenceStatus) -> None:
         """FINISHED or ABORTED: free all that the sequence holds; what is in flight is dropped."""
         if sequence.status is SequenceStatus.RUNNING:
-            self._give_back(sequence)
+            self._running.give_back(sequence)
         elif not self._parking.remove(sequence):
             self._line.remove(sequence)
         if status is SequenceStatus.FINISHED:
             self.reserve.note_finished(sequence.num_output_tokens)
         sequence.release(status)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._give_back(sequence)
-        sequence.release(SequenceStatus.WAITING)
-        self._parking.pass_by(sequence, self._line.add)
-        self.num_preemptions += 1
-
-    def _withdraw(self, sequence: Sequence, num_tokens: int) -> None:
-        """Its last known tokens were not to be written. It computes anew from the block of the last
-        one that stays: in its row if there is a block for that, else as after a preemption."""
-        num_whole = (len(sequence.token_ids) - num_tokens - 1) // self.facts.block_size
-        dropped = sequence.block_table[num_whole:]
-        if self.pool.num_free or self.pool.count_private(dropped):
-            self._cohorts.leave(sequence)
-            self.pool.free(dropped)
-            # Blocks that are full may have other users, or get some: none is written to again.
-            taken = self.pool.allocate(1)
-            assert taken is not None, "one is free"
-            sequence.cut_back(num_tokens, num_whole, taken, block_size=self.facts.block_size)
-            self._prefilling[sequence] = None
-        else:
-            self._give_back(sequence)
-            sequence.release(SequenceStatus.WAITING)
-            sequence.withdraw(num_tokens, block_size=self.facts.block_size)
-            self._line.add(sequence)
-        self.num_withdrawals += 1
-        if sequence.watched is not None and sequence.watched.is_stuck:
-            self._stuck.append(sequence)
-
-    def _give_back(self, sequence: Sequence) -> None:
-        assert sequence.row is not None, "a running sequence has a row"
-        self._cohorts.leave(sequence)
-        del self._running[sequence]
-        self._prefilling.pop(sequence, None)
-        self._free_rows.append(sequence.row)
-        self._line.note_stop(sequence)
-        self.prefix_cache.note_end(sequence)
-        self.pool.free(sequence.block_table)
 
     def schedule(self) -> MicroBatch | None:
         """The next micro-batch, or None if the pipeline is full or there is nothing to do."""
@@ -223,7 +185,7 @@ class Scheduler:
 
     def _plan(self, draft: StepDraft) -> None:
         """Choose what the next step computes."""
-        self._make_way()
+        self._running.make_way()
         if self.policy.mixes_prefill:
             self._plan_decode(draft)
             self._plan_prefill(draft)
@@ -240,72 +202,32 @@ class Scheduler:
                 plan(draft)
         self._num_decode_steps = self._num_decode_steps + 1 if draft.decode else 0
 
-    def _make_way(self) -> None:
-        """Preempt for those who are owed a row, before anything of this step is planned."""
-        num_rows, num_blocks = len(self._free_rows), self.pool.num_free
-        looked_at: set[Sequence] = set()
-        while (sequence := self._line.first(looked_at)) is not None:
-            looked_at.add(sequence)
-            if len(looked_at) > MAX_LOOKED_AT or not self._precedence.is_owed(sequence):
-                return
-            found = self.prefix_cache.find(sequence)
-            if self.prefix_cache.who_computes(sequence, len(found)) is not None:
-                continue
-            num_blocks -= self._room.num_needed(sequence, found)
-            shared = frozenset(found)
-            victims = self._precedence.victims(
-                sequence, found=shared, num_rows=num_rows, num_blocks=num_blocks
-            )
-            if victims is None or not self._room.leaves_reserve(sequence, num_blocks):
-                return
-            for victim in victims:
-                num_blocks += self._precedence.num_freed(victim, shared)
-                self._preempt(victim)
-            num_rows += len(victims) - 1
-
     def _plan_decode(self, draft: StepDraft) -> None:
         while not draft.decode and (ready := self._cohorts.take_turn(self._next_step_id)):
             if len(ready) > self.pool.num_free:
-                # First in rank first: whom it preempts is behind it, so not in the draft yet.
-                ready.sort(key=self._precedence.ranks().__getitem__)
+                ready = self._running.ranked(ready)  # whom one preempts is not in the draft yet
             for sequence in ready:
-                if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, draft):
+                if sequence.status is SequenceStatus.RUNNING and self._running.grow(
+                    sequence, draft
+                ):
                     draft.decode.append(Chunk(sequence=sequence, num_tokens=1, samples=True))
             # Again if all of this cohort were preempted, the last for want of a block that one of
             # another cohort holds: that one must go on, or nobody would.
-
-    def _is_full(self, sequence: Sequence) -> bool:
-        """Whether its next token needs another block."""
-        return sequence.num_computed_tokens >= len(sequence.block_table) * self.facts.block_size
-
-    def _grow(self, sequence: Sequence, draft: StepDraft) -> bool:
-        """Make room for one more token, preempting the last in rank; False if that was itself."""
-        if not self._is_full(sequence):
-            return True
-        while (taken := self.pool.allocate(1)) is None:
-            ranks = self._precedence.ranks()
-            victim = max(ranks, key=ranks.__getitem__)
-            self.reserve.note_preemption()
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        draft.append_blocks(sequence, taken)
-        return True
 
     def _plan_prefill(self, draft: StepDraft) -> None:
         self._num_prompt_steps += 1
         budget: float = self._budget.num_tokens(
             num_decode_rows=len(draft.decode),
             num_pending=self._line.num_tokens
-            + sum(sequence.num_remaining_prefill for sequence in self._prefilling),
+            + sum(sequence.num_remaining_prefill for sequence in self._running.prefilling),
             is_decoding=any(
                 sequence.wants_token
                 for sequence in self._running
-                if sequence not in self._prefilling
+                if sequence not in self._running.prefilling
             ),
         )
-        self._line.begin_step(self._prefilling)
-        going_on = {each: None for each in self._prefilling if not each.awaits_mask}
+        self._line.begin_step(self._running.prefilling)
+        going_on = {each: None for each in self._running.prefilling if not each.awaits_mask}
         looked_at: set[Sequence] = set()
         may_start = True
         while budget >= 1.0:
@@ -315,7 +237,7 @@ class Scheduler:
                 return
             if sequence is waiting:
                 looked_at.add(sequence)
-                sequence = self._start(sequence, draft)
+                sequence = self._running.start(sequence, draft)
                 may_start = sequence is not None and len(looked_at) < MAX_LOOKED_AT
                 if sequence is None or (sequence is not waiting and sequence not in going_on):
                     continue
@@ -339,35 +261,6 @@ class Scheduler:
         candidates = going_on if waiting is None else (*going_on, waiting)
         return min(candidates, key=self._line.order, default=None)
 
-    def _start(self, sequence: Sequence, draft: StepDraft) -> Sequence | None:
-        """Give a waiting sequence a row, and the blocks of all its known tokens.
-
-        Returns it; or, still waiting, the one that is about to compute what it needs next, which
-        should have its turn; None if there is no room.
-        """
-        found = self.prefix_cache.find(sequence)
-        computing = self.prefix_cache.who_computes(sequence, len(found))
-        if computing is not None:
-            return computing
-        if not self._free_rows or not self._room.fits(sequence, found):
-            return None
-        self._admit(sequence, found, draft)
-        return sequence
-
-    def _admit(self, sequence: Sequence, found: list[int], draft: StepDraft) -> None:
-        """There is a row for it, and room; `found` are its blocks in the prefix cache."""
-        self.pool.share(found)
-        taken = self.pool.allocate(self._room.num_blocks(sequence) - len(found))
-        assert taken is not None, "there is room"
-        self._line.note_start(sequence)
-        sequence.start(
-            self._free_rows.pop(), num_computed_tokens=len(found) * self.facts.block_size
-        )
-        self._running[sequence] = self._prefilling[sequence] = None
-        draft.add_start(sequence)
-        draft.append_blocks(sequence, found + taken)
-        self.prefix_cache.note_start(sequence, len(found))
-
     def _add_chunk(self, sequence: Sequence, budget: float, draft: StepDraft) -> float:
         """Compute as much of its prompt as the budget allows; returns what is left of that."""
         if sequence.is_rewound:
@@ -383,7 +276,7 @@ class Scheduler:
         draft.prefill.append(Chunk(sequence=sequence, num_tokens=num_tokens, samples=is_last))
         self._line.charge(sequence.admission.account, num_tokens)
         if is_last:
-            del self._prefilling[sequence]
+            self._running.end_prefill(sequence)
         return budget - self._attention.cost(first, num_tokens)
 
     def _space(self, draft: StepDraft) -> int:
@@ -436,7 +329,9 @@ class Scheduler:
                 is_text = token_id not in sequence.sampling.stop_token_ids
                 newest = events.token(sequence, token_id, index)
                 if num_tokens := sequence.watched.take(newest, is_text=is_text):
-                    self._withdraw(sequence, num_tokens - 1)  # the newest is not known yet
+                    self._running.withdraw(sequence, num_tokens - 1)  # the newest is not known yet
+                    if sequence.watched.is_stuck:
+                        self._stuck.append(sequence)
                     continue
             events.add(sequence, token_id, self._append_token(sequence, token_id), index)
         for account, num_tokens in served.items():
@@ -460,26 +355,13 @@ class Scheduler:
             reason = FinishReason.LENGTH
         else:
             if sequence.awaits_mask and sequence.num_in_flight > 0:
-                self._rewind(sequence)
+                self._running.rewind(sequence)
             return None
         self.end(sequence, SequenceStatus.FINISHED)
         return reason
 
-    def _rewind(self, sequence: Sequence) -> None:
-        """A free run has ended while steps beyond it are in flight: they were sampled without the
-        mask that their tokens need, and are dropped."""
-        self._cohorts.leave(sequence)
-        sequence.rewind()
-        self._prefilling[sequence] = None
-
     def check_integrity(self) -> None:
-        """Assert that rows and blocks are each held once; for tests and idle moments."""
-        held = [block_id for sequence in self._running for block_id in sequence.block_table]
-        self.pool.check_integrity(held)
-        rows = {sequence.row for sequence in self._running} | set(self._free_rows)
-        assert len(rows) == self.facts.num_rows, "a row is lost"
-        assert len(self._running) + len(self._free_rows) == len(rows), "a row is held twice"
-        unfinished = {sequence for sequence in self._running if sequence.num_remaining_prefill > 0}
-        assert unfinished == set(self._prefilling), "a prompt is forgotten"
-        self._line.check_integrity(self._running)
+        """Assert that all is held and counted once; for tests and idle moments."""
+        self._running.check_integrity()
+        self._line.check_integrity(list(self._running))
         self.prefix_cache.check_integrity()

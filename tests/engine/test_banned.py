@@ -194,7 +194,7 @@ def test_preempted_at_the_place_of_a_ban_it_keeps_it() -> None:
     while not watched.is_ended:
         fill(scheduler, stages)
         if watched.status is SequenceStatus.RUNNING and scheduler.num_steps % 3 == 0:
-            scheduler._preempt(watched)
+            scheduler._running.preempt(watched)
         run_step(scheduler, stages)
     assert watched.token_ids[4:] == expected
     assert scheduler.num_preemptions > 2

@@ -213,7 +213,7 @@ def test_a_preempted_one_waits_for_its_mask_outside_the_line() -> None:
     scheduler.allow(constrained, mask_of([ord("x")], VOCAB_SIZE))
     fill(scheduler, stages)
     run_step(scheduler, stages)
-    scheduler._preempt(constrained)
+    scheduler._running.preempt(constrained)
     assert constrained.awaits_mask
     assert scheduler.num_waiting == 1
     assert scheduler.schedule() is None
