@@ -27,16 +27,8 @@ from pipeserve.kernels.quant_gemm import GemmTiling, shared_bytes
 from pipeserve.kernels.quant_gemv import gemv
 from pipeserve.kernels.quant_imma import imma, takes_imma
 from pipeserve.kernels.quant_layout import PlanarWeight, QuantLayout
-from pipeserve.kernels.quant_mma import (
-    STEP_COLUMNS,
-    MmaTiling,
-    MmaVariant,
-    compile_ahead,
-    fitted,
-    has_mma,
-    is_made_for,
-    why_not_loaded,
-)
+from pipeserve.kernels.quant_mma import compile_ahead, has_mma, is_made_for, why_not_loaded
+from pipeserve.kernels.quant_mma_tiling import STEP_COLUMNS, MmaTiling, MmaVariant, fitted
 from pipeserve.kernels.quant_products import multiply
 from pipeserve.kernels.quant_split import card_limits
 from pipeserve.kernels.quant_tuned import ProductKey, TunedProduct, TunedTable, as_json, read_table

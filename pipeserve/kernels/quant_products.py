@@ -28,7 +28,6 @@ from pipeserve.kernels.quant_imma import (
 from pipeserve.kernels.quant_layout import PlanarWeight
 from pipeserve.kernels.quant_mma import (
     MmaOutput,
-    MmaVariant,
     Turn,
     compile_ahead,
     has_mma,
@@ -40,6 +39,7 @@ from pipeserve.kernels.quant_mma import (
     takes_swiglu,
     why_not_loaded,
 )
+from pipeserve.kernels.quant_mma_tiling import MmaVariant
 from pipeserve.kernels.quant_reference import (
     LinearInput,
     PreparedRows,

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pipeserve.kernels.quant_layout import LAYOUTS, UNIT
-from pipeserve.kernels.quant_mma import STEP_COLUMNS
+from pipeserve.kernels.quant_mma_tiling import STEP_COLUMNS
 from pipeserve.kernels.quant_ways import (
     BatchWay,
     Dequantise,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeserve.kernels.quant_gemm import GemmTiling
 from pipeserve.kernels.quant_imma import ImmaTiling, ImmaVariant
 from pipeserve.kernels.quant_layout import LAYOUTS, UNIT
-from pipeserve.kernels.quant_mma import (
+from pipeserve.kernels.quant_mma_tiling import (
     LEAST_STAGES,
     MmaTiling,
     MmaVariant,

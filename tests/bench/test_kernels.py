@@ -27,7 +27,7 @@ from pipeserve.bench import (
 )
 from pipeserve.bench.kernel_times import KernelTime, Work, as_json, num_sets, table_lines
 from pipeserve.kernels.quant_layout import LAYOUTS
-from pipeserve.kernels.quant_mma import shared_bytes
+from pipeserve.kernels.quant_mma_tiling import shared_bytes
 from pipeserve.kernels.quant_products import QuantProducts
 from pipeserve.kernels.quant_tuned import TunedTable, tuned_table
 from pipeserve.kernels.quant_ways import Dequantise, Gemm, Gemv

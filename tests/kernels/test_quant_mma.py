@@ -20,17 +20,13 @@ from tests.kernels.quant_cases import random_weight, relative_error
 pytest.importorskip("triton", reason="Triton is a development dependency; it is not installed")
 
 from pipeserve.kernels import quant_mma
-from pipeserve.kernels.quant_mma import (
+from pipeserve.kernels.quant_mma import has_mma, layout_constants, mma, mma_source, takes_mma
+from pipeserve.kernels.quant_mma_tiling import (
     MmaTiling,
     MmaVariant,
     choose_mma_tiling,
     fitted,
-    has_mma,
-    layout_constants,
-    mma,
-    mma_source,
     shared_bytes,
-    takes_mma,
 )
 
 TYPES = sorted(LAYOUTS)

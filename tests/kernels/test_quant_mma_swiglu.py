@@ -23,16 +23,8 @@ pytest.importorskip("triton", reason="Triton is a development dependency; it is 
 from pipeserve.kernels import fused, quant_mma, quant_products
 from pipeserve.kernels.backend import Activations
 from pipeserve.kernels.nvrtc import compile_with_log, nvrtc_library
-from pipeserve.kernels.quant_mma import (
-    ARCH,
-    MmaTiling,
-    MmaVariant,
-    has_mma,
-    mma,
-    mma_source,
-    mma_swiglu,
-    takes_swiglu,
-)
+from pipeserve.kernels.quant_mma import ARCH, has_mma, mma, mma_source, mma_swiglu, takes_swiglu
+from pipeserve.kernels.quant_mma_tiling import MmaTiling, MmaVariant
 from pipeserve.kernels.quant_products import QuantProducts
 from pipeserve.kernels.quant_tuned import TunedTable, tuned_table
 from pipeserve.kernels.quant_ways import Mma, parse_batch_way

@@ -24,7 +24,8 @@ from pipeserve.kernels import quant_imma, quant_mma, quant_products
 from pipeserve.kernels.backend import Activations
 from pipeserve.kernels.nvrtc import CudaDriverError
 from pipeserve.kernels.quant_imma import ImmaTiling, choose_imma_tiling
-from pipeserve.kernels.quant_mma import MmaTiling, MmaVariant, has_mma
+from pipeserve.kernels.quant_mma import has_mma
+from pipeserve.kernels.quant_mma_tiling import MmaTiling, MmaVariant
 from pipeserve.kernels.quant_products import QuantProducts
 from pipeserve.kernels.quant_split import CardLimits
 from pipeserve.kernels.quant_tuned import TunedTable, as_json, read_table, tuned_table
