@@ -50,6 +50,7 @@ from pipeserve.kernels.quant_split import card_limits
 from pipeserve.kernels.quant_tuned import TunedTable
 from pipeserve.kernels.quant_ways import (
     GEMM_ROWS,
+    MMA_ROWS,
     BatchWay,
     Dequantise,
     FewRowsWay,
@@ -74,7 +75,7 @@ as Triton's for other cards."""
 DENSE_ROWS = 128
 """From more rows on, a matrix that is kept dequantised as well is multiplied as such: at 128 rows
 the products of an 8B model take as long in both ways, by the times of loadtest/README.md."""
-RULE_ROWS = (8, 16, 32, 64, 128, 256)
+RULE_ROWS = (8, 16, 32, 64, 128, 256, 512)
 """Between which the rule makes no difference."""
 
 
@@ -119,7 +120,7 @@ class QuantProducts:
 
     def takes_interleaved(self, num_tokens: int, num_columns: int, device: torch.device) -> bool:
         """Whether matrices of so many columns are likely multiplied by interleaved rows."""
-        is_batch = GEMV_ROWS < num_tokens <= GEMM_ROWS
+        is_batch = GEMV_ROWS < num_tokens <= MMA_ROWS
         return is_batch and num_columns % INTERLEAVED_COLUMNS == 0 and has_mma(device)
 
     def takes_bytes(self, weight: PlanarWeight, num_tokens: int) -> bool:

@@ -23,6 +23,8 @@ from pipeserve.kernels.quant_mma_tiling import (
 GEMM_ROWS = 256
 """From more rows on, writing the matrix out once and the vendor's library are faster, as far as no
 table says otherwise."""
+MMA_ROWS = 512
+"""The same where the kernel for Hopper is to be had."""
 _HOPPER_SHARED_BYTES = 227 * 1024
 
 
@@ -193,7 +195,7 @@ def rule_way(
 
     Drawn from the times of Q4_K and Q6_K on an H200 (loadtest/README.md).
     """
-    if num_tokens > GEMM_ROWS or num_columns % UNIT:
+    if num_tokens > (MMA_ROWS if has_mma else GEMM_ROWS) or num_columns % UNIT:
         return Dequantise()
     if not has_mma:
         return Gemm()
