@@ -266,12 +266,9 @@ class QuantProducts:
 
     def _batch_kernels(self, weight: PlanarWeight) -> Iterator[tuple[MmaVariant, MmaOutput]]:
         measured = self._table.products.get(_key(weight))
-        ways = (
-            [self.batch_way(weight, num_tokens) for num_tokens in RULE_ROWS]
-            if measured is None
-            else measured.batch.values()
-        )
-        for way in ways:
+        measured_rows = () if measured is None else measured.batch
+        for num_tokens in dict.fromkeys((*measured_rows, *RULE_ROWS)):
+            way = self.batch_way(weight, num_tokens)
             if isinstance(way, Mma):
                 is_gated = takes_swiglu(weight, way.tiling)
                 yield way.tiling.variant, "swiglu" if is_gated else torch.float16

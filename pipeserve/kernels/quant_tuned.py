@@ -70,11 +70,9 @@ class TunedTable:
         )
 
     def batch_way(self, key: ProductKey, num_tokens: int) -> BatchWay | None:
-        """None: not measured. Beyond the last row the matrix is written out."""
+        """None: not measured."""
         product = self.products.get(key)
-        if product is None or not product.batch:
-            return None
-        return _first_from(product.batch, num_tokens) or Dequantise()
+        return None if product is None else _first_from(product.batch, num_tokens)
 
 
 def _first_from(ways: Mapping[int, Way], num_tokens: int) -> Way | None:

@@ -24,7 +24,8 @@ GEMM_ROWS = 256
 """From more rows on, writing the matrix out once and the vendor's library are faster, as far as no
 table says otherwise."""
 MMA_ROWS = 512
-"""The same where the kernel for Hopper is to be had."""
+"""The same for the kernel for Hopper, as far as its tiles fill the card without being cut: small
+matrices are faster written out from GEMM_ROWS on."""
 _HOPPER_SHARED_BYTES = 227 * 1024
 
 
@@ -200,6 +201,7 @@ def rule_way(
     if not has_mma:
         return Gemm()
     layout = LAYOUTS[type_name]
-    return Mma(
-        tiling=choose_mma_tiling(layout, num_rows, num_columns, num_tokens, num_multiprocessors)
-    )
+    tiling = choose_mma_tiling(layout, num_rows, num_columns, num_tokens, num_multiprocessors)
+    if num_tokens > GEMM_ROWS and tiling.num_parts > 1:
+        return Dequantise()
+    return Mma(tiling=tiling)

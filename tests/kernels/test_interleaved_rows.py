@@ -14,7 +14,7 @@ from pipeserve.kernels.interleaved_rows import interleave_rows
 from pipeserve.kernels.quant_products import GEMV_ROWS
 from pipeserve.kernels.quant_reference import PreparedRows
 from pipeserve.kernels.quant_reference import interleave_rows as twin
-from pipeserve.kernels.quant_ways import GEMM_ROWS
+from pipeserve.kernels.quant_ways import MMA_ROWS
 from pipeserve.kernels.triton_backend import gpu_backend
 from tests.kernels.attention_cases import AttentionCase, paged_cache
 
@@ -78,7 +78,7 @@ def test_attention_writes_them(
     assert torch.equal(found_SK, twin(out_SNH.flatten(1)))
 
 
-@pytest.mark.parametrize("num_tokens", [GEMV_ROWS, GEMV_ROWS + 1, GEMM_ROWS + 1])
+@pytest.mark.parametrize("num_tokens", [GEMV_ROWS, GEMV_ROWS + 1, MMA_ROWS + 1])
 @pytest.mark.parametrize("activations", ["auto", "int8", "f16"])
 def test_backends_make_them_where_the_kernel_for_hopper_is(
     activations: str, num_tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -94,7 +94,7 @@ def test_backends_make_them_where_the_kernel_for_hopper_is(
     ]
     for output in outputs:
         interleaved_TK = output.interleaved_TK if isinstance(output, PreparedRows) else None
-        assert (interleaved_TK is not None) == (GEMV_ROWS < num_tokens <= GEMM_ROWS)
+        assert (interleaved_TK is not None) == (GEMV_ROWS < num_tokens <= MMA_ROWS)
         if interleaved_TK is not None:
             assert torch.equal(interleaved_TK, twin(output.values_TK))
     odd = backend.rms_norm(x_TD[:, :192].contiguous(), weight_D[:192], EPS)

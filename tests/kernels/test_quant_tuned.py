@@ -48,7 +48,7 @@ Product = tuple[str, int, int, int]
 
 
 def measured_us(name: str = "sweep_h200.csv") -> Mapping[Product, Mapping[str, float]]:
-    """Of every way that was timed on an H200 (loadtest/README.md, A Hopper kernel for batches)."""
+    """Of the ways that were timed on a card (loadtest/README.md, A Hopper kernel for batches)."""
     times: dict[Product, dict[str, float]] = defaultdict(dict)
     with Path(__file__).with_name(name).open(newline="") as file:
         for row in csv.DictReader(file):
@@ -65,6 +65,16 @@ def test_the_rule_is_near_the_best_of_the_sweep() -> None:
         way = str(rule_way(*product, num_multiprocessors=132, has_mma=True))
         assert way in times, f"{way} was not timed for {product}"
         shares[product] = min(times.values()) / times[way]
+    assert min(shares.values()) >= 0.8, min(shares, key=shares.__getitem__)
+
+
+def test_the_rule_holds_on_a_card_that_it_was_not_drawn_from() -> None:
+    """The three fastest ways on an H100, and the rule's of then, whose time is to 1 %."""
+    shares = {}
+    for product, times in measured_us("sweep_h100.csv").items():
+        way = str(rule_way(*product, num_multiprocessors=132, has_mma=True))
+        shares[product] = min(times.values()) / times[way]
+    assert len(shares) == 48
     assert min(shares.values()) >= 0.8, min(shares, key=shares.__getitem__)
 
 
@@ -94,8 +104,9 @@ def test_the_rule_for_other_cards_and_shapes(type_name: str) -> None:
 
     assert rule(4096, 4096, 64, has_mma=False) == "Gemm"
     assert rule(28_672, 4096, 64) == "Mma"
-    assert rule(28_672, 4096, 257) == rule(28_672, 4096 + 32, 8) == "Dequantise"
-    assert rule(28_672, 4096, 8) == rule(1024, 4096, 8) == "Mma"
+    assert rule(28_672, 4096, 257, has_mma=False) == rule(28_672, 4096 + 32, 8) == "Dequantise"
+    assert rule(28_672, 4096, 513) == rule(1024, 4096, 512) == "Dequantise"
+    assert rule(28_672, 4096, 8) == rule(1024, 4096, 8) == rule(28_672, 4096, 512) == "Mma"
 
 
 WAYS = (
@@ -197,12 +208,11 @@ def test_a_table_that_is_no_json_is_refused(tmp_path: Path) -> None:
         tuned_table(H200, tmp_path)
 
 
-def test_rows_between_take_the_next_measured_and_those_beyond_the_scratch() -> None:
+def test_rows_between_take_the_next_measured() -> None:
     table = tuned_table(H200)
     key = ("Q4_K", 28_672, 4096)
     assert table.batch_way(key, 33) == table.batch_way(key, 64) != table.batch_way(key, 65)
-    assert table.batch_way(key, 257) == Dequantise()
-    assert table.batch_way(("Q4_K", 28_672, 8192), 64) is None
+    assert table.batch_way(key, 257) is table.batch_way(("Q4_K", 28_672, 8192), 64) is None
     assert table.few_rows_way(key, 1) == Gemv()
     assert isinstance(table.few_rows_way(key, 5), Imma)
     assert table.few_rows_way(key, 17) is None
@@ -232,7 +242,7 @@ def test_backends_follow_the_table(
         return multiply(way, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(quant_products, "multiply", noting)
-    for num_tokens in (2, 6, 9, 17, 25):
+    for num_tokens in (2, 6, 9, 17, 257):
         x = torch.randn(num_tokens, 256, device=device).half()
         wanted = quant_reference.matmul(x.float(), weight)
         limit = 2e-2 if num_tokens <= 2 else 1.2e-3
