@@ -63,7 +63,7 @@ def paired(weight: PlanarWeight) -> PlanarWeight:
 
 def test_every_tiling_of_the_shipped_table_has_pairs() -> None:
     weight = paired(random_weight("Q4_K", 512, 256, torch.device("cpu")))
-    assert set(SHIPPED) == {8, 16, 32, 64, 128, 256}
+    assert set(SHIPPED) >= {8, 16, 32, 64, 128, 256}
     assert all(takes_swiglu(weight, tiling) for tiling in tilings())
     tiling = SHIPPED[64]
     assert not takes_swiglu(weight, dataclasses.replace(tiling, num_parts=2))

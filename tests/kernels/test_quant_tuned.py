@@ -105,8 +105,8 @@ def test_the_rule_for_other_cards_and_shapes(type_name: str) -> None:
     assert rule(4096, 4096, 64, has_mma=False) == "Gemm"
     assert rule(28_672, 4096, 64) == "Mma"
     assert rule(28_672, 4096, 257, has_mma=False) == rule(28_672, 4096 + 32, 8) == "Dequantise"
-    assert rule(28_672, 4096, 513) == rule(1024, 4096, 512) == "Dequantise"
-    assert rule(28_672, 4096, 8) == rule(1024, 4096, 8) == rule(28_672, 4096, 512) == "Mma"
+    assert rule(28_672, 4096, 2049) == rule(1024, 4096, 512) == "Dequantise"
+    assert rule(28_672, 4096, 8) == rule(1024, 4096, 8) == rule(28_672, 4096, 2048) == "Mma"
 
 
 WAYS = (
@@ -212,7 +212,7 @@ def test_rows_between_take_the_next_measured() -> None:
     table = tuned_table(H200)
     key = ("Q4_K", 28_672, 4096)
     assert table.batch_way(key, 33) == table.batch_way(key, 64) != table.batch_way(key, 65)
-    assert table.batch_way(key, 257) is table.batch_way(("Q4_K", 28_672, 8192), 64) is None
+    assert table.batch_way(key, 1025) is table.batch_way(("Q4_K", 28_672, 8192), 64) is None
     assert table.few_rows_way(key, 1) == Gemv()
     assert isinstance(table.few_rows_way(key, 5), Imma)
     assert table.few_rows_way(key, 17) is None
