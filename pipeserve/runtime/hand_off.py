@@ -5,9 +5,9 @@ Decided on the loading thread, before the stages start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Literal
 
 import torch
@@ -20,6 +20,8 @@ from pipeserve.runtime.plan import PipelinePlan
 from pipeserve.runtime.transfer import Parcels, Transfer, make_transfer
 
 Way = Literal["auto", "peer", "staged"]
+Pair = tuple[torch.device, torch.device]
+"""From the first to the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +35,17 @@ class PipelineTransfers:
 
 
 def make_transfers(plan: PipelinePlan, way: Way, on_progress: OnProgress) -> PipelineTransfers:
-    """Try each ordered pair of cards that hand over, and set up rings.
+    """Try peer copies between all of the plan's cards, and set up rings.
 
     Raises:
         ConfigError: peer copies were asked for, but do not arrive.
     """
     facts, devices = plan.facts, plan.devices
     pairs = [*pairwise(devices), (devices[-1], devices[0])]
-    use_peer = {pair: _use_peer(*pair, way, on_progress) for pair in dict.fromkeys(pairs)}
+    peers = _find_peers(pairs, way, on_progress)
 
-    def make(parcels: Parcels, pair: tuple[torch.device, torch.device]) -> Transfer:
-        return make_transfer(parcels, *pair, use_peer=use_peer[pair])
+    def make(parcels: Parcels, pair: Pair) -> Transfer:
+        return make_transfer(parcels, *pair, use_peer=pair in peers)
 
     hidden = Parcels(
         shape=(facts.max_batch_tokens, plan.model.hidden_size),
@@ -62,22 +64,32 @@ def _ring_depth(facts: PipelineFacts) -> int:
     return facts.num_stages + facts.num_look_ahead + 1
 
 
-def _use_peer(
-    source: torch.device,
-    target: torch.device,
+def _find_peers(
+    pairs: Collection[Pair],
     way: Way,
     on_progress: OnProgress,
     *,
     arrive: Callable[[torch.device, torch.device], bool] = copies_arrive,
-) -> bool:
-    if source == target or not source.type == target.type == "cuda":
-        return False
-    if way == "staged":
-        return False
-    if arrive(source, target):
-        return True
-    problem = f"copies from {source} straight to {target} do not arrive as they were sent"
-    if way == "peer":
-        raise ConfigError(f'{problem}: set hand_off to "auto" or "staged"')
-    on_progress(LoadNotice(text=f"{problem}; they go through the host's memory, which is slower"))
-    return False
+) -> frozenset[Pair]:
+    """The ordered pairs of cards between which peer copies are to be used.
+
+    pairs: which hand over. All pairs of their cards are tried, whatever hands over between them: a
+    card that corrupts data is worth knowing of before the split or the order changes.
+    """
+    if way == "staged":  # the way out where merely trying does harm
+        return frozenset()
+    cards = dict.fromkeys(device for pair in pairs for device in pair if device.type == "cuda")
+    peers = set()
+    for pair in permutations(cards, 2):
+        if arrive(*pair):
+            peers.add(pair)
+            continue
+        problem = f"copies from {pair[0]} straight to {pair[1]} do not arrive as they were sent"
+        if pair not in pairs:
+            effect = "no stage hands over that way"
+        elif way == "peer":
+            raise ConfigError(f'{problem}: set hand_off to "auto" or "staged"')
+        else:
+            effect = "they go through the host's memory, which is slower"
+        on_progress(LoadNotice(text=f"{problem}; {effect}"))
+    return frozenset(peers)

@@ -21,7 +21,8 @@ def copies_arrive(source: torch.device, target: torch.device) -> bool:
 def _arrives(
     source: torch.device, target: torch.device, num_bytes: int, generator: torch.Generator
 ) -> bool:
-    sent = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
+    words = torch.randint(-(2**63), 2**63 - 1, (num_bytes // 8,), generator=generator)
+    sent = words.view(torch.uint8)  # several times faster than to draw bytes
     on_source = sent.to(source)
     on_target = torch.zeros(num_bytes, dtype=torch.uint8, device=target)
     torch.cuda.synchronize(target)

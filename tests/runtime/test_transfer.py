@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeserve.core.loading import LoadEvent, LoadNotice
 from pipeserve.errors import ConfigError
-from pipeserve.runtime.hand_off import Way, _use_peer
+from pipeserve.runtime.hand_off import Pair, Way, _find_peers
 from pipeserve.runtime.peer_check import copies_arrive
 from pipeserve.runtime.transfer import (
     CardTransfer,
@@ -100,29 +100,58 @@ def test_the_way_follows_from_the_devices() -> None:
     assert isinstance(make_transfer(PARCELS, CPU, CARD, use_peer=True), StagedTransfer)
 
 
-def test_copies_that_do_not_arrive_are_staged_and_said() -> None:
+CARDS = [torch.device("cuda", index) for index in range(3)]
+ROUND: list[Pair] = [(CARDS[0], CARDS[1]), (CARDS[1], CARDS[2]), (CARDS[2], CARDS[0])]
+"""What three stages on cards hand over: hidden states onwards, ids back."""
+
+
+def find_peers(
+    pairs: list[Pair], way: Way, broken: Collection[Pair] = ()
+) -> tuple[frozenset[Pair], list[Pair], list[str]]:
+    """What is found, which pairs were tried, and what the user is told."""
+    tried: list[Pair] = []
     events: list[LoadEvent] = []
-    pair = (CARD, torch.device("cuda", 1))
 
-    def use_peer(way: Way, *, works: bool) -> bool:
-        return _use_peer(*pair, way, events.append, arrive=lambda source, target: works)
+    def arrive(source: torch.device, target: torch.device) -> bool:
+        tried.append((source, target))
+        return (source, target) not in broken
 
-    assert use_peer("auto", works=True) and use_peer("peer", works=True)
-    assert not use_peer("staged", works=True)
-    assert events == []
-    assert not use_peer("auto", works=False)
-    (notice,) = events
-    assert isinstance(notice, LoadNotice) and "cuda:0 straight to cuda:1" in notice.text
+    peers = _find_peers(pairs, way, events.append, arrive=arrive)
+    assert all(isinstance(event, LoadNotice) for event in events)
+    return peers, tried, [event.text for event in events if isinstance(event, LoadNotice)]
+
+
+@pytest.mark.parametrize("way", ["auto", "peer"])
+def test_every_ordered_pair_of_the_stages_cards_is_tried(way: Way) -> None:
+    every = set(itertools.permutations(CARDS, 2))
+    peers, tried, told = find_peers(ROUND, way)
+    assert sorted(tried, key=str) == sorted(every, key=str)
+    assert peers == every and told == []
+
+
+def test_copies_that_do_not_arrive_are_staged_and_said() -> None:
+    peers, _, (told,) = find_peers(ROUND, "auto", broken=ROUND[:1])
+    assert ROUND[0] not in peers and peers.issuperset(ROUND[1:])
+    assert "cuda:0 straight to cuda:1" in told and "through the host's memory" in told
     with pytest.raises(ConfigError, match='set hand_off to "auto"'):
-        use_peer("peer", works=False)
+        find_peers(ROUND, "peer", broken=ROUND[:1])
+
+
+@pytest.mark.parametrize("way", ["auto", "peer"])
+def test_a_broken_pair_that_hands_nothing_over_is_only_said(way: Way) -> None:
+    unused = (CARDS[1], CARDS[0])
+    peers, _, (told,) = find_peers(ROUND, way, broken=[unused])
+    assert peers.issuperset(ROUND)
+    assert "cuda:1 straight to cuda:0" in told and "no stage hands over" in told
+
+
+def test_nothing_is_tried_where_all_is_to_be_staged() -> None:
+    assert find_peers(ROUND, "staged") == (frozenset(), [], [])
 
 
 def test_nothing_is_tried_where_no_two_cards_meet() -> None:
-    def arrive(source: torch.device, target: torch.device) -> bool:
-        raise AssertionError("no copy is needed")
-
     for pair in ((CPU, CPU), (CARD, CARD), (CARD, CPU), (CPU, CARD)):
-        assert not _use_peer(*pair, "auto", lambda event: None, arrive=arrive)
+        assert find_peers([pair, pair[::-1]], "auto") == (frozenset(), [], [])
 
 
 @pytest.mark.gpu
